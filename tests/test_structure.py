@@ -3,13 +3,14 @@ stay light.
 """
 
 import ast
+import functools
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.imports import loaded_after
+from support.imports import loaded_after_each
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
@@ -20,6 +21,18 @@ ALLOWED = {
 }
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def nodes_of(file: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file."""
+    return tuple(ast.walk(parsed(file)))
+
+
+@functools.cache
 def imports(file: Path, *, types: bool = True, functions: bool = True) -> set[str]:
     """Every module that a file imports, wherever in it, fully named; also `a.b` for the name b of a
     module a, which may be a module.
@@ -27,9 +40,8 @@ def imports(file: Path, *, types: bool = True, functions: bool = True) -> set[st
     types: also what is imported for type checkers alone. functions: also what functions import.
     """
     names: set[str] = set()
-    for node in nodes(
-        ast.parse(file.read_text(encoding="utf-8")), types=types, functions=functions
-    ):
+    everything = types and functions
+    for node in nodes_of(file) if everything else nodes(parsed(file), types, functions):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -38,7 +50,7 @@ def imports(file: Path, *, types: bool = True, functions: bool = True) -> set[st
     return names
 
 
-def nodes(tree: ast.AST, *, types: bool, functions: bool) -> Iterator[ast.AST]:
+def nodes(tree: ast.AST, types: bool, functions: bool) -> Iterator[ast.AST]:
     """All nodes of a tree; with `types` off, without those under `if TYPE_CHECKING:`, and with
     `functions` off, without those in functions.
     """
@@ -46,7 +58,7 @@ def nodes(tree: ast.AST, *, types: bool, functions: bool) -> Iterator[ast.AST]:
     for node in ast.iter_child_nodes(tree):
         typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         if (types or not typing_only) and (functions or not isinstance(node, ast.FunctionDef)):
-            yield from nodes(node, types=types, functions=functions)
+            yield from nodes(node, types, functions)
 
 
 @pytest.mark.parametrize("package", ALLOWED)
@@ -204,7 +216,7 @@ def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
     """Every call in a file with the name that is called, without what stands before the
     last dot.
     """
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
             yield (node.func.id if isinstance(node.func, ast.Name) else node.func.attr), node
 
@@ -258,32 +270,29 @@ def test_text_files_name_their_encoding():
             assert named or not opens_text(name, call), f'{where}: {name}(…, encoding="utf-8")'
 
 
-def test_a_logistic_head_needs_neither_torch_nor_torchvision():
-    """A worker that trains a logistic head on the CPU pays for no deep-learning import."""
-    code = (
+def test_what_imports_and_a_logistic_head_need():
+    """`headrace --help` and bad input answer at once; a second call on a finished run, with or
+    without networks, reads tables only; a worker that trains a logistic head on the CPU pays for no
+    deep-learning import. In one interpreter: what comes later has no less loaded.
+    """
+    head = (
         "import numpy as np\n"
         "from headrace import LogisticHead\n"
         "X = np.random.default_rng(0).normal(size=(40, 5))\n"
         "head = LogisticHead().fit(X, X[:, 0] > 0)\n"
-        "assert head.score(X, X[:, 0] > 0) > 0.9\n"
+        "assert head.score(X, X[:, 0] > 0) > 0.9"
     )
-    assert not {"torch", "torchvision", "timm"} & loaded_after(code)
-
-
-def test_help_needs_no_heavy_import():
-    """`headrace --help` and bad input answer at once."""
-    heavy = {
-        "torch",
-        "torchvision",
-        "timm",
-        "distributed",
-        "sklearn",
-        "scipy",
-        "pandas",
-        "pydantic",
-    }
-    assert not heavy & loaded_after("import headrace.pipelines.cli.main")
-    assert not {"torch", "sklearn", "scipy"} & loaded_after("import headrace.heads.bank")
-    assert not {"torch", "sklearn"} & loaded_after(
-        "import headrace.pipelines.run, headrace.pipelines.cli.status"
+    torch = {"torch", "torchvision", "timm"}
+    numeric = {"sklearn", "scipy"}
+    by_help, by_bank, by_run, by_finetuning, by_head = loaded_after_each(
+        "import headrace.pipelines.cli.main",
+        "import headrace.heads.bank",
+        "import headrace.pipelines.run, headrace.pipelines.cli.status",
+        "import headrace.pipelines.finetune.stage",
+        head,
     )
+    assert not (torch | numeric | {"distributed", "pandas", "pydantic"}) & by_help
+    assert not (torch | numeric) & by_bank
+    assert not (torch | {"sklearn"}) & by_run
+    assert not torch & by_finetuning
+    assert not torch & by_head

@@ -39,7 +39,7 @@ def reference(X: np.ndarray, y: np.ndarray, shrinkage: float, *, standardize: bo
     return (make_pipeline(StandardScaler(), lda) if standardize else lda).fit(X, y)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     n_rows=st.integers(30, 90),
     n_features=st.integers(1, 60),

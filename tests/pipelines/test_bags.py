@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from support.exports import run_without_headrace
 from support.models import run_here
 from support.runs import headrace
 
@@ -227,8 +226,7 @@ def test_bags_without_units_are_refused_before_anything_is_extracted(run, tmp_pa
 
 
 ALONE = """\
-import json, sys
-sys.modules["headrace"] = None  # as if it were not there
+import json
 from preprocess import load
 import numpy as np, onnxruntime, torch
 rows = json.load(open("rows.json"))
@@ -254,7 +252,7 @@ def test_an_export_takes_units_where_headrace_is_not(run, caplog):
     expected = model.predict_proba(rows["path"].tolist(), units=units)
     plain = list(zip(rows["path"].tolist(), units.tolist(), strict=True))
     (folder / "out" / "rows.json").write_text(json.dumps(plain))
-    subprocess.run([sys.executable, "-c", ALONE], cwd=folder / "out", check=True)
+    run_without_headrace(ALONE, folder / "out")
     for found in json.loads((folder / "out" / "out.json").read_text()):
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)
     assert "images of one unit" in (folder / "out" / "MODEL_CARD.md").read_text()

@@ -148,14 +148,10 @@ def test_unknown_images_go_into_the_cache_when_asked(project, tmp_path):
     make_photos(tmp_path / "new", 8, seed=9)
     (tmp_path / "new" / "bad.png").write_bytes(b"no image")
     command = ["predict", project / "headrace-runs/recipe", "new", "--cache", cache, "--force"]
-    for options, said in (
-        ((), "9 images; "),
-        (("--update-cache",), "9 images, 8 from cached features"),
-        ((), "9 images, 8 from cached features"),
-    ):
+    for options in (("--update-cache",), ()):
         done = headrace(*command, "-o", "p.csv", *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert said in done.stderr
+        assert "9 images, 8 from cached features" in done.stderr
     # the superuser may write to any folder
     readonly = "import os; os.access = lambda path, mode, **_: mode != os.W_OK"
     for images, status in (("new", 0), ("more", 2)):
@@ -249,7 +245,7 @@ def test_features_without_a_task(tmp_path):
     """A dry run writes nothing; a killed call is continued; a second one does nothing; what cannot
     be decoded is counted and named.
     """
-    make_photos(tmp_path / "photos", 200)
+    make_photos(tmp_path / "photos", 140)
     for path in list((tmp_path / "photos").rglob("*.png")):
         path.rename(tmp_path / "photos" / path.name)
     (tmp_path / "photos" / "000.png").write_bytes(b"no image")
@@ -258,7 +254,7 @@ def test_features_without_a_task(tmp_path):
     command = ["extract", "photos", *EXTRACT, "--tap", "layer1.avg", "--workers", "1"]
     dry = headrace(*command, "--dry-run", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
-    assert "200 of 200 images go through a network, in 2 work units" in dry.stdout
+    assert "140 of 140 images go through a network, in 2 work units" in dry.stdout
     assert "core-seconds" in dry.stdout
     assert not (tmp_path / "headrace-cache").exists()
     shards = tmp_path / "headrace-cache" / "features"
@@ -272,15 +268,15 @@ def test_features_without_a_task(tmp_path):
     done = headrace(*command, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["found"], result["images"], result["failed"]) == (200, 200, 1)
-    assert result["images_new"] in (72, 200)
+    assert (result["found"], result["images"], result["failed"]) == (140, 140, 1)
+    assert result["images_new"] in (12, 140)
     failed = pd.read_csv(tmp_path / "headrace-cache/extraction/failed-images.csv")
     assert failed["id"].tolist() == ["000.png"]
     (features,) = list_feature_sets(tmp_path / "headrace-cache")
-    assert features.n_rows == 199
+    assert features.n_rows == 139
     again = headrace(*command, cwd=tmp_path)
-    assert "0 of 200 images went through a network" in again.stdout
-    assert "Images: 200 found = 199 with features + 1 that cannot be used" in again.stdout
+    assert "0 of 140 images went through a network" in again.stdout
+    assert "Images: 140 found = 139 with features + 1 that cannot be used" in again.stdout
     assert headrace(*command, "--strict", cwd=tmp_path).returncode == 2
     (tmp_path / "table.csv").write_text("path,label\nphotos/001.png,a\n")
     assert "name the network" in headrace("extract", "photos", cwd=tmp_path).stderr

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from rich.console import Console
+from support.models import run_here
 from support.runs import HEADS, RECIPE, headrace, make_photos
 
 from headrace.cache.errors import HeadraceError
@@ -141,8 +142,7 @@ def test_input_halving_leaves_the_promising_inputs(finished, tmp_path):
         f"{folder / 'headrace-cache'}\nout: {tmp_path / 'out'}\n"
     )
     (tmp_path / "halved.yaml").write_text(text)
-    recipe = load_recipe(tmp_path / "halved.yaml")
-    first = run_recipe(recipe, console=Console(quiet=True))
+    first = run_here(tmp_path / "halved.yaml")
     assert first.board["inputs"].nunique() == 1
     assert set(first.board["inputs"]) < set(whole.board["inputs"])
     assert first.test.images == 15
@@ -151,7 +151,7 @@ def test_input_halving_leaves_the_promising_inputs(finished, tmp_path):
     )
     files = {path: path.stat().st_mtime_ns for path in first.paths.input_halving.rglob("*.h5")}
     assert files
-    again = run_recipe(recipe, console=Console(quiet=True))
+    again = run_here(tmp_path / "halved.yaml")
     assert {
         path: path.stat().st_mtime_ns for path in first.paths.input_halving.rglob("*.h5")
     } == files
@@ -287,6 +287,7 @@ def test_other_weights_are_another_winner_and_another_evaluation(tmp_path):
     seen these images.
     """
     make_photos(tmp_path / "photos", n=60)
+    recipe = RECIPE[: RECIPE.index("  mlp:")].replace("layer2.max, ", "") + "out: {out}\n"
     results = {}
     for name, weights, size, out in (
         ("first", "random:0", 32, "out"),
@@ -294,23 +295,15 @@ def test_other_weights_are_another_winner_and_another_evaluation(tmp_path):
         ("fresh", "random:1", 16, "elsewhere"),
         ("again", "random:0", 32, "out"),
     ):
-        text = RECIPE.replace("random:0", weights).replace("image_size: 32", f"image_size: {size}")
-        (tmp_path / f"{name}.yaml").write_text(f"{text}out: {out}\n")
-        results[name] = run_recipe(
-            load_recipe(tmp_path / f"{name}.yaml"), console=Console(quiet=True)
-        )
+        text = recipe.replace("random:0", weights).replace("image_size: 32", f"image_size: {size}")
+        (tmp_path / f"{name}.yaml").write_text(text.format(out=out))
+        results[name] = run_here(tmp_path / f"{name}.yaml")
     assert results["other"].test.metrics == results["fresh"].test.metrics
     assert [results[name].test.n_evaluations for name in results] == [1, 2, 1, 2]
     assert results["again"].test.metrics == results["first"].test.metrics
     # A renamed image is the same image: the split keeps its history.
     (tmp_path / "photos" / "fine" / "001.png").rename(tmp_path / "photos" / "fine" / "999.png")
-    (tmp_path / "first.yaml").write_text(RECIPE + "out: out\n")
-    assert (
-        run_recipe(
-            load_recipe(tmp_path / "first.yaml"), console=Console(quiet=True)
-        ).test.n_evaluations
-        == 3
-    )
+    assert run_here(tmp_path / "first.yaml").test.n_evaluations == 3
 
 
 @pytest.mark.slow
@@ -326,7 +319,7 @@ def test_failed_heads_are_kept_until_asked_to_be_tried_again(tmp_path, monkeypat
     assert "late_estimator" in text
     (tmp_path / "recipe.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    first = run_recipe(recipe, console=Console(quiet=True))
+    first = run_here(tmp_path / "recipe.yaml")
     assert first.failed_heads > 0
     assert read_run_state(recipe).plan.banks == ()
     (tmp_path / "late_estimator.py").write_text(

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
+from support.models import run_here
 from support.runs import make_photos
 
 from headrace.extract.backbones.backbone import load_backbone
@@ -21,7 +21,6 @@ from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.planning.extraction import read_extraction
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
-from headrace.pipelines.run import run_recipe
 
 BACKBONE = """\
 backbones:
@@ -35,9 +34,9 @@ SMALL = "compute:\n  workers: 2\n  images_per_shard: 32\n"
 
 
 def finish(tmp_path, text):
-    """Run a recipe text to its end."""
+    """Run a recipe text to its end, in this process: test_run.py has workers."""
     (tmp_path / "recipe.yaml").write_text(text)
-    return run_recipe(load_recipe(tmp_path / "recipe.yaml"), console=Console(quiet=True))
+    return run_here(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.slow

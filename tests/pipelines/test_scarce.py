@@ -57,11 +57,11 @@ def mounted(folder, *options):
 @pytest.mark.parametrize(
     ("call", "state", "first_kib", "step_kib"),
     [
-        (RUN_CALL, "empty", 300, 300),
+        (RUN_CALL, "empty", 300, 600),
         (EXTRACT_CALL, "empty", 300, 300),
         (PREDICT_CALL, "finished", 16, 40),
         (GROW_CALL, "finished", 16, 100),
-        (REPORT_CALL, "finished", 64, 300),
+        (REPORT_CALL, "finished", 64, 700),
         (("report", RUN, RUN), "finished", 16, 100),
         (EXPORT_CALL, "finished", 16, 40),
     ],
@@ -139,23 +139,15 @@ def refuse(*_args, **_options):
 
 os.link = os.symlink = refuse
 """
+FEW_DESCRIPTORS = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
 
 
-def test_a_file_system_without_links(whole_run):
-    """Neither hard nor symbolic ones, in the workers too: the same results."""
+def test_a_file_system_without_links_and_sixty_four_descriptors(whole_run):
+    """Neither hard nor symbolic links, in the workers too, and a quarter of the descriptors that
+    macOS gave for years: the same results.
+    """
     expected = whole_run.reference(RUN_CALL)
     whole_run.restore("empty", 1)
-    done = whole_run.call(RUN_CALL, first=NO_LINKS)
-    assert done.returncode == 0, done.stderr
-    assert result(whole_run.project) == expected
-
-
-def test_sixty_four_descriptors_are_enough(whole_run):
-    """What macOS gave for years is 256."""
-    expected = whole_run.reference(RUN_CALL)
-    whole_run.restore("empty", 1)
-    done = whole_run.call(
-        RUN_CALL, first="import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
-    )
+    done = whole_run.call(RUN_CALL, first=NO_LINKS + FEW_DESCRIPTORS)
     assert done.returncode == 0, done.stderr
     assert result(whole_run.project) == expected

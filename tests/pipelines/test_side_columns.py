@@ -3,12 +3,11 @@ write them.
 """
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from support.exports import run_without_headrace
 from support.models import run_here
 from support.runs import headrace, make_photos
 
@@ -154,8 +153,7 @@ def test_unknown_categories_and_missing_numbers_are_predicted_and_counted(run):
 
 
 ALONE = """\
-import json, sys
-sys.modules["headrace"] = None  # as if it were not there
+import json
 from preprocess import load, side_columns
 import numpy as np
 rows = json.load(open("rows.json"))
@@ -184,7 +182,7 @@ def test_an_export_predicts_the_same_where_headrace_is_not(run):
         for path, age, site in rows[["path", "age", "site"]].itertuples(index=False)
     ]
     (folder / "out" / "rows.json").write_text(json.dumps(plain))
-    subprocess.run([sys.executable, "-c", ALONE], cwd=folder / "out", check=True)
+    run_without_headrace(ALONE, folder / "out")
     for found in json.loads((folder / "out" / "out.json").read_text()):
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)
     with pytest.warns(UserWarning, match="1 image has a site"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+from support import forks
 from support.forks import ONE_THREAD
 
 from headrace.heads.bank import fit_bank
@@ -85,6 +86,25 @@ def fitted(spec, kind):
     assert full.error is None, full.error
     head = TrainedHead(spec, kind, classes, (), {}, full.arrays)
     return head, rng.normal(3, 2, (20, *shape[1:])).astype(np.float32)
+
+
+WITHOUT_HEADRACE = """\
+import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "headrace"]:
+    del sys.modules[name]
+sys.modules["headrace"] = None  # as if it were not there
+sys.path.insert(0, ".")
+"""
+
+
+def run_without_headrace(script, folder):
+    """Run this Python in `folder`, in a process that has imported libraries but finds no headrace."""
+    (folder / "without.py").write_text(WITHOUT_HEADRACE + script)
+    with (folder / "said.txt").open("w+") as said:
+        call = forks.start((), script=folder / "without.py", cwd=folder, stdout=said, stderr=said)
+        status = call.wait(300)
+        said.seek(0)
+        assert status == 0, said.read()
 
 
 def run_alone(folder, paths, what):

@@ -2,6 +2,7 @@
 several networks. What lies below the taps fits exactly, or is refused with names.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +24,19 @@ VIT = "timm:test_vit"
 RESNET = "timm:test_resnet"
 TAPS = {VIT: ["blocks.5.cls", "norm.avg"], RESNET: ["layer2.avg", "layer4.avg"]}
 PIXELS = torch.randint(
-    0, 256, (2, 160, 160, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    0, 256, (1, 160, 160, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
 )
 
 
 def state_of(name: str, seed: int = 1) -> dict[str, Tensor]:
     module = load_backbone(BackboneSpec(name, f"random:{seed}")).module
     return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+@functools.cache
+def features_of_seed(name: str, seed: int = 1) -> list[Tensor]:
+    """What files with the weights of `state_of` have to give."""
+    return features(BackboneSpec(name, f"random:{seed}"), TAPS[name])
 
 
 def features(spec: BackboneSpec, taps: list[str]) -> list[Tensor]:
@@ -61,7 +68,7 @@ def test_a_head_that_is_absent_or_of_other_classes(tmp_path: Path, name: str, ki
     ) as warned:
         found = features(spec, TAPS[name])
     assert len(warned) == 1
-    expected = features(BackboneSpec(name, "random:1"), TAPS[name])
+    expected = features_of_seed(name)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert load_backbone(spec).left_out.absent == (head,)
     with pytest.raises(BackboneError, match=rf"logits.* depends on .*not in the file.*{head}"):
@@ -98,7 +105,7 @@ def test_prefixes_are_found(tmp_path: Path, prefix: str) -> None:
     save_file(state, tmp_path / "part.safetensors")
     with pytest.warns(WeightsWarning, match="projector.0.weight"):
         found = features(BackboneSpec(RESNET, str(tmp_path / "part.safetensors")), TAPS[RESNET])
-    expected = features(BackboneSpec(RESNET, "random:1"), TAPS[RESNET])
+    expected = features_of_seed(RESNET)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -117,8 +124,8 @@ def test_of_student_and_teacher_the_teacher_is_taken(tmp_path: Path) -> None:
     flat = under("student.backbone.", state_of(RESNET, 1)) | under(
         "teacher.backbone.", state_of(RESNET, 2)
     )
-    teacher = features(BackboneSpec(RESNET, "random:2"), TAPS[RESNET])
-    student = features(BackboneSpec(RESNET, "random:1"), TAPS[RESNET])
+    teacher = features_of_seed(RESNET, 2)
+    student = features_of_seed(RESNET)
     for number, content in enumerate((nested, flat)):
         file = saved(tmp_path / f"{number}.pth", content)
         with pytest.warns(WeightsWarning, match=r"taken from teacher\.backbone\.\*"):
@@ -143,7 +150,7 @@ def test_two_copies_without_a_rule_are_refused(tmp_path: Path) -> None:
         load_backbone(BackboneSpec(RESNET, file))
     with pytest.warns(WeightsWarning, match=r"taken from encoder_q\.\*"):
         found = features(BackboneSpec(RESNET, file, weights_prefix="encoder_q."), TAPS[RESNET])
-    expected = features(BackboneSpec(RESNET, "random:1"), TAPS[RESNET])
+    expected = features_of_seed(RESNET)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     with pytest.raises(BackboneError, match=r"no tensor's name begins with .*'x\.'.* encoder_k"):
         load_backbone(BackboneSpec(RESNET, file, weights_prefix="x."))
@@ -216,7 +223,7 @@ def test_blocks_in_chunks(tmp_path: Path) -> None:
     content["teacher.dino_head.mlp.0.weight"] = torch.zeros(4, 4)
     with pytest.warns(WeightsWarning, match=r"mask_token.*dino_head"):
         found = features(BackboneSpec(VIT, saved(tmp_path / "w.pth", content)), TAPS[VIT])
-    expected = features(BackboneSpec(VIT, "random:1"), TAPS[VIT])
+    expected = features_of_seed(VIT)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -229,7 +236,7 @@ def test_names_that_wrappers_change_inside(tmp_path: Path) -> None:
         for key, value in state_of(RESNET).items()
     }
     found = features(BackboneSpec(RESNET, saved(tmp_path / "w.pth", state)), TAPS[RESNET])
-    expected = features(BackboneSpec(RESNET, "random:1"), TAPS[RESNET])
+    expected = features_of_seed(RESNET)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 

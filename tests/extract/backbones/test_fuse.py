@@ -179,7 +179,8 @@ def test_whole_networks_are_fused_and_stay_the_same(
     """Shortcuts that are added to the very tensor (torchvision's ResNets), GELU behind linear
     layers; at the first batch, whose shape the weights are laid out for, and at others.
     """
-    backbone = load_backbone(BackboneSpec(name, "random:0"))
+    size = 64 if name == "torchvision:resnet18" else None
+    backbone = load_backbone(BackboneSpec(name, "random:0", image_size=size))
     nodes = backbone_nodes(backbone)
     placed = [(tap, nodes[tap.node]) for tap in resolve_taps(backbone, taps)]
     normalize = make_normalizer(backbone, "cpu")

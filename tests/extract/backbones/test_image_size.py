@@ -105,7 +105,7 @@ def test_torchvisions_transformers_too() -> None:
     theirs.load_state_dict(interpolate_embeddings(96, 32, plain.module.state_dict()))
     with torch.inference_mode():
         wanted = theirs(make_normalizer(own, "cpu")(PIXELS))
-    (found,) = features(spec, ["logits"])
+    (found,) = make_forward(own, resolve_taps(own, ["logits"]))(PIXELS)
     torch.testing.assert_close(found.float(), wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -28,9 +28,7 @@ from headrace.extract.taps.resolve import (
 # grouped, ConvNeXt, class-token transformers of two libraries, windowed (channels last),
 # squeeze-excite, pooling instead of attention.
 ARCHITECTURES = [
-    pytest.param(
-        "torchvision:vgg11_bn", 64, marks=pytest.mark.slow
-    ),  # half a gigabyte of random weights
+    ("torchvision:alexnet", 64),
     ("torchvision:resnet18", 64),
     ("torchvision:inception_v3", 96),
     ("torchvision:googlenet", 64),
@@ -215,11 +213,8 @@ def test_shape_bytes_and_cost_of_nodes() -> None:
         # its widest middles would be more than MOST_FEATURES
         ("timm:resnet50", "layer1.* layer2.* layer3.2.* layer3.* pre_logits.vector"),
         (  # what its classifier is given is another layer's, so the last map is there too
-            "torchvision:vgg16",
-            (
-                "features.8.* features.15.* features.22.* features.26.* features.29.* "
-                "pre_logits.vector"
-            ),
+            "torchvision:alexnet",
+            "features.4.* features.8.* features.11.* pre_logits.vector",
         ),
         (
             "timm:vit_tiny_patch16_224",

@@ -7,6 +7,7 @@ from support.models import run_here
 from support.networks import WEAK_HEAD_RECIPE
 from support.runs import make_photos
 
+from headrace.cache.format.sealed import is_sealed_file
 from headrace.pipelines.finetune import stage
 from headrace.pipelines.models.network import WEIGHTS, load_network
 from headrace.pipelines.paths import RunPaths
@@ -19,7 +20,7 @@ compute: {workers: 1, images_per_shard: 64}
 
 @pytest.mark.slow
 def test_what_is_damaged_is_trained_again_and_what_is_whole_is_not(tmp_path):
-    """A cut network, a flipped bit in it, damaged or removed results, a changed decision: each ends
+    """A flipped bit in a network, damaged or removed results, a changed decision: each ends
     in the same run.
     """
     make_photos(tmp_path / "photos", n=32)
@@ -32,13 +33,16 @@ def test_what_is_damaged_is_trained_again_and_what_is_whole_is_not(tmp_path):
     model = next((paths.finetune / "models").glob("*/network.safetensors"))
     result = next(paths.finetune.glob("*.h5"))
     decisions = paths.finetune_decisions
-    flip = bytearray(model.read_bytes())
+    whole = model.read_bytes()
+    model.write_bytes(whole[:5000])
+    assert not is_sealed_file(model)  # a cut network is a damaged one, as that with a flipped bit
+    model.write_bytes(whole)
+    flip = bytearray(whole)
     flip[-2000] ^= 64
     part = bytearray(result.read_bytes())
     part[9000] ^= 1
     changed = decisions.read_bytes().replace(b'"kept"', b'"lost"')
     for file, data, trained in (
-        (model, model.read_bytes()[:5000], 1),
         (model, bytes(flip), 1),
         (result, bytes(part), 1),
         (result, None, 1),

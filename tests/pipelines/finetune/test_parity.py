@@ -224,7 +224,7 @@ def test_a_head_in_standardized_coordinates_is_the_same_function(
         ("timm:test_convnext", "stages.1", 64),
         ("torchvision:mobilenet_v2", "features.10", 64),
         ("torchvision:densenet121", "features.denseblock2", 64),
-        ("torchvision:vgg11", "features.10", 32),
+        ("torchvision:alexnet", "features.5", 64),
     ],
 )
 def test_a_network_runs_from_any_stage_on(name: str, node: str, size: int) -> None:

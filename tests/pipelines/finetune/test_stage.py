@@ -17,7 +17,6 @@ from dask.distributed import Client
 from rich.console import Console
 from support import forks
 from support.evidence import feature_inputs_of
-from support.imports import loaded_after
 from support.networks import LOGISTIC, SMALL, WEAK_HEAD_RECIPE, Case, make_case
 from support.runs import headrace, make_photos
 
@@ -46,7 +45,7 @@ from headrace.pipelines.finetune.train import Training
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.models.reference import model_ref, paths_of_content
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.recipe.load import RecipeError, load_recipe
+from headrace.pipelines.recipe.load import RecipeError
 from headrace.pipelines.recipe.sections import FinetuneSection, ReuseSection
 from headrace.pipelines.records import read_record
 from headrace.pipelines.run_directory import results_file
@@ -460,11 +459,6 @@ def test_gain_and_cost_are_predicted_from_what_was_measured(case: Case) -> None:
     assert training_seconds(one, measured, 2) == pytest.approx(10 * 0.5 * 3 * 3)
 
 
-def test_the_stage_imports_no_torch_until_something_is_to_be_trained() -> None:
-    """A second call on a finished run reads tables only."""
-    assert "torch" not in loaded_after("import headrace.pipelines.finetune.stage")
-
-
 RECIPE = (
     WEAK_HEAD_RECIPE
     + """\
@@ -478,39 +472,6 @@ compute:
   workers: 2
 """
 )
-
-
-@pytest.mark.slow
-def test_a_network_can_win_a_run(tmp_path: Path) -> None:
-    """From a recipe to the test split: the network is the winner, its directory lies in winner/,
-    the evaluation is on record, and a second call does nothing.
-    """
-    make_photos(tmp_path / "photos", n=48)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    assert load_recipe(tmp_path / "recipe.yaml").finetune is not None
-    done = headrace("run", "recipe.yaml", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Winner: finetune fine-tuned above layer3" in done.stdout
-    assert "Head against networks" in done.stdout
-    assert "Test log_loss" in done.stdout
-    run = tmp_path / "headrace-runs" / "recipe"
-    assert sorted(path.name for path in (run / "winner").iterdir()) == [
-        "network.json",
-        "network.safetensors",
-    ]
-    about = json.loads((run / "winner" / "network.json").read_text())
-    assert about["kind"] == "network"
-    assert about["classes"] == ["coarse", "fine"]
-    assert len((run / "test-evaluations.jsonl").read_text().splitlines()) == 1
-    before = {
-        path: path.stat().st_mtime_ns for path in (run / "finetune").rglob("*") if path.is_file()
-    }
-    done = headrace("run", "recipe.yaml", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert {
-        path: path.stat().st_mtime_ns for path in (run / "finetune").rglob("*") if path.is_file()
-    } == before
-    assert len((run / "test-evaluations.jsonl").read_text().splitlines()) == 1
 
 
 def test_what_another_driver_has_trained_is_not_over_budget(tmp_path: Path) -> None:
@@ -529,23 +490,31 @@ def test_what_another_driver_has_trained_is_not_over_budget(tmp_path: Path) -> N
     assert decide(paths, "b", {"decision": "rolled back"})["b"]["decision"] == "rolled back"
 
 
+@pytest.fixture(scope="module")
+def run_of_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A finished run that two drivers were started for together, and what each of them said."""
+    folder = tmp_path_factory.mktemp("two")
+    make_photos(folder / "photos", n=48)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    drivers = []
+    for number in range(2):
+        with (folder / f"said{number}.txt").open("w") as said:
+            command = ("run", "recipe.yaml", "--workers", "1")
+            drivers.append(forks.start(command, cwd=folder, stdout=said, stderr=said))
+    ended = [driver.wait(300) for driver in drivers]
+    said = [(folder / f"said{number}.txt").read_text() for number in range(2)]
+    assert ended == [0, 0], said
+    return folder, said
+
+
 @pytest.mark.slow
-def test_two_drivers_share_the_networks_of_a_run(tmp_path: Path) -> None:
+def test_two_drivers_share_the_networks_of_a_run(run_of_two: tuple[Path, list[str]]) -> None:
     """Started together, both end well with the same winner; every fold is trained once, whichever
     of them trained it, and every task is in the logs.
     """
-    make_photos(tmp_path / "photos", n=48)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    drivers = []
-    for number in range(2):
-        with (tmp_path / f"said{number}.txt").open("w") as said:
-            command = ("run", "recipe.yaml", "--workers", "1")
-            drivers.append(forks.start(command, cwd=tmp_path, stdout=said, stderr=said))
-    ended = [driver.wait(300) for driver in drivers]
-    said = [(tmp_path / f"said{number}.txt").read_text() for number in range(2)]
-    assert ended == [0, 0], said
+    folder, said = run_of_two
     assert all("Winner: finetune fine-tuned above layer3" in each for each in said)
-    run = tmp_path / "headrace-runs" / "recipe"
+    run = folder / "headrace-runs" / "recipe"
     events = [event for log in (run / "logs").glob("*.jsonl") for event in read_log(log)]
     folds = [
         event
@@ -561,6 +530,35 @@ def test_two_drivers_share_the_networks_of_a_run(tmp_path: Path) -> None:
         "finetune: train",
     }
     assert not list((run / "leases").glob("*.lease"))
+
+
+@pytest.mark.slow
+def test_a_network_can_win_a_run(run_of_two: tuple[Path, list[str]]) -> None:
+    """From a recipe to the test split: the network is the winner, its directory lies in winner/,
+    the evaluation is on record, and another call does nothing.
+    """
+    folder, said = run_of_two
+    for each in said:
+        assert "Head against networks" in each
+        assert "Test log_loss" in each
+    run = folder / "headrace-runs" / "recipe"
+    assert sorted(path.name for path in (run / "winner").iterdir()) == [
+        "network.json",
+        "network.safetensors",
+    ]
+    about = json.loads((run / "winner" / "network.json").read_text())
+    assert about["kind"] == "network"
+    assert about["classes"] == ["coarse", "fine"]
+    assert len((run / "test-evaluations.jsonl").read_text().splitlines()) == 1
+    before = {
+        path: path.stat().st_mtime_ns for path in (run / "finetune").rglob("*") if path.is_file()
+    }
+    done = headrace("run", "recipe.yaml", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {
+        path: path.stat().st_mtime_ns for path in (run / "finetune").rglob("*") if path.is_file()
+    } == before
+    assert len((run / "test-evaluations.jsonl").read_text().splitlines()) == 1
 
 
 def test_results_of_a_moved_or_copied_run_are_its_own(tmp_path: Path) -> None:

@@ -251,8 +251,8 @@ def test_a_killed_training_ends_on_the_same_curve(case: Case) -> None:
     checkpoints.
     """
     settings = {
-        "epochs": 12,
-        "patience": 12,
+        "epochs": 9,
+        "patience": 9,
         "augment": "flips",
         "dropout": 0.3,
         "cut": None,

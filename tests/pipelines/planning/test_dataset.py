@@ -64,7 +64,7 @@ def test_rows_without_target_or_content_are_left_out():
     assert any("1 image has no label" in note for note in made.notes)
 
 
-@settings(deadline=None)  # the first call imports scikit-learn
+@settings(deadline=None, max_examples=50)  # the first call imports scikit-learn
 @given(st.lists(st.integers(0, 12), min_size=40, max_size=80), st.integers(0, 5))
 def test_copies_of_an_image_stay_on_one_side(copies, seed):
     """The same bytes under several names are one row to every split: none is trained on and tested
@@ -191,7 +191,7 @@ def test_copies_with_different_labels_are_pointed_out():
 
 
 @pytest.mark.slow
-@settings(deadline=None)  # the first call imports scikit-learn
+@settings(deadline=None, max_examples=30)  # the first call imports scikit-learn
 @given(st.data())
 def test_groups_that_share_a_copy_are_one_group(data):
     """Neither a group nor a copy stands on two sides, also where copies tie groups together."""

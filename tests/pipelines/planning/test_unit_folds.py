@@ -33,7 +33,7 @@ def patients(n_images=60, n_patients=20, **columns):
 
 
 @pytest.mark.slow
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(0, 15), min_size=60, max_size=120), st.integers(0, 5), st.integers(2, 4)
 )

@@ -257,7 +257,7 @@ def test_a_killed_prediction_goes_on_where_it_was(run, model, tmp_path):
     """SIGKILL once the first part is there: the next call predicts the rest alone, and the table is
     that of one call.
     """
-    make_photos(tmp_path / "many", n=600, seed=3)
+    make_photos(tmp_path / "many", n=400, seed=3)
     command = [
         "predict",
         str(run / "headrace-runs" / "recipe"),
@@ -280,11 +280,12 @@ def test_a_killed_prediction_goes_on_where_it_was(run, model, tmp_path):
     assert not (tmp_path / "p.csv").exists()
     done = headrace(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"{600 - 256 * len(kept):,} of them predicted now" in done.stderr
+    assert f"{400 - 256 * len(kept):,} of them predicted now" in done.stderr
     assert not parts.exists()
     table = pd.read_csv(tmp_path / "p.csv")
     images = list_images([tmp_path / "many"]).samples
     assert table["file"].tolist() == [f"many/{name.split('many/')[1]}" for name in images["file"]]
+    seam = slice(246, 266)
     np.testing.assert_allclose(
-        table["p_fine"], model.predict_proba(images["path"])[:, 1], atol=1e-3
+        table["p_fine"][seam], model.predict_proba(images["path"][seam])[:, 1], atol=1e-3
     )
