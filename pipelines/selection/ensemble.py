@@ -116,7 +116,7 @@ def build_ensemble(
     candidates, predicted = _candidates(board, validation, section)
     if len(candidates) < 2:
         return None
-    networks_by_head = [_networks(row) for _, row in candidates.iterrows()]
+    networks_by_head = _networks_by_head(candidates)
     n_classes = len(validation.task.classes)
     floors = [probability_floor(spec, task_kind, n_classes) for spec in candidates["spec"]]
 
@@ -260,12 +260,26 @@ def _candidates(
     return chosen, stacked_predictions(chosen, validation)[1]
 
 
-def _networks(row: pd.Series) -> frozenset[str]:
-    """Return a name for each forward pass that a head needs."""
-    if row["kind"] == "finetune":  # a fine-tuned network has weights of its own
-        return frozenset([f"fine-tuned {_short_digest(row['spec'])}"])
+def _networks_by_head(candidates: pd.DataFrame) -> list[frozenset[str]]:
+    """Return by head a name for each forward pass that it needs."""
+    is_network = candidates["kind"] == "finetune"
+    # Once for each bank, which has the results of many heads.
+    networks_of_bank = {
+        results_path: _networks_of_bank(results_path)
+        for results_path in candidates["path"][~is_network].unique()
+    }
+    return [
+        # a fine-tuned network has weights of its own
+        frozenset([f"fine-tuned {_short_digest(spec)}"]) if fine_tuned else networks_of_bank[path]
+        for fine_tuned, spec, path in zip(
+            is_network, candidates["spec"], candidates["path"], strict=True
+        )
+    ]
+
+
+def _networks_of_bank(results_path: str) -> frozenset[str]:
     # One backbone with other weights or another preprocessing is another forward pass.
-    specs = [feature["spec"] for feature in read_bank(row["path"]).features]
+    specs = [feature["spec"] for feature in read_bank(results_path).features]
     return frozenset(
         f"{spec['backbone']} ({spec['weights'][:8]}/{_short_digest(spec['preprocessing'])})"
         for spec in specs
