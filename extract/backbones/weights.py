@@ -46,7 +46,7 @@ class LeftOut:
     absent: tuple[str, ...] = ()
     surplus: tuple[str, ...] = ()  # of the file: not in the network
     others: tuple[str, ...] = ()  # of the file, outside of `prefix`: other networks'
-    not_numbers: tuple[str, ...] = ()  # of the network: NaN in the weights, from a failed training
+    not_numbers: tuple[str, ...] = ()  # of the network: NaN or infinite, from a failed training
     prefix: str = ""  # before the network's names in the file
 
     def __bool__(self) -> bool:
@@ -70,7 +70,8 @@ class LeftOut:
     def _nan_text(self) -> list[str]:
         if not self.not_numbers:
             return []
-        return [f"NaN in {len(self.not_numbers)} of its tensors: {first_names(self.not_numbers)}"]
+        n_tensors, names_text = len(self.not_numbers), first_names(self.not_numbers)
+        return [f"NaN or infinite in {n_tensors} of its tensors: {names_text}"]
 
 
 NOTHING_LEFT_OUT = LeftOut()
@@ -194,11 +195,15 @@ def converted_by_timm(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[
 
 
 def names_of_nan(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a network's tensors that hold NaN."""
+    """Return the names of a network's tensors that hold NaN, and of its parameters that hold
+    infinities; buffers may, as masks of attention.
+    """
+    parameter_names = {name for name, _ in module.named_parameters()}
     return tuple(
         name
         for name, tensor in module.state_dict().items()
-        if tensor.is_floating_point() and tensor.isnan().any()
+        if tensor.is_floating_point()
+        and bool(tensor.isnan().any() or (name in parameter_names and tensor.isinf().any()))
     )
 
 
@@ -363,6 +368,14 @@ def _mismatch_message(
         lines.append(
             "The counts agree: for another implementation of the same network set weights_match: "
             "order."
+        )
+    elif not missing_names:
+        lines.append(
+            "All tensors of the network are there. If the others are of its training (metrics, "
+            "losses), save the file without them: torch.save({name: tensor for name, tensor in "
+            f"tensors.items() if not name.startswith({unexpected_names[0].partition('.')[0]!r})}}, "
+            "'weights.pth'). If they are of the network, it needs model: arguments, such as "
+            "reg_tokens or init_values."
         )
     else:
         lines.append(

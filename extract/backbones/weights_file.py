@@ -180,6 +180,8 @@ def _state_dict(file_value: object, path: Path) -> dict[str, Tensor]:
             f"{path}: expected tensors alone, but these entries are not: "
             f"{', '.join(non_tensor_names[:5])}. Save it again: {HOW_TO_SAVE}."
         )
+    if not entries:
+        raise BackboneError(f"{path}: it holds no tensor. Save it again: {HOW_TO_SAVE}.")
     return {str(name): _plain_tensor(tensor) for name, tensor in entries.items()}
 
 

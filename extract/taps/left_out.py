@@ -34,7 +34,7 @@ def require_loaded(backbone: Backbone, taps: Sequence[Tap], nodes: Nodes) -> Non
     tap_nodes = [(tap, nodes[tap.node]) for tap in taps]
     values, _ = _run_marked(backbone, tap_nodes)
     for tap, node in tap_nodes:
-        if not values[tap].isnan().any():
+        if values[tap].isfinite().all():
             continue
         _, modules_run = _run_marked(backbone, [(tap, node)])
         module_names = {name for name, _ in backbone.module.named_modules()}
@@ -44,7 +44,7 @@ def require_loaded(backbone: Backbone, taps: Sequence[Tap], nodes: Nodes) -> Non
         )
         if not_numbers:
             raise BackboneError(
-                f"{_weights_text(backbone)}: {tap} depends on tensors that hold NaN "
+                f"{_weights_text(backbone)}: {tap} depends on tensors that hold NaN or infinities "
                 f"({len(not_numbers)}): {first_names(not_numbers)}. The training that wrote them "
                 "has failed, or the file is damaged: take an earlier checkpoint, or tap below them"
             )

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from headrace.pipelines.cluster.clients import Role
 from headrace.pipelines.cluster.submit import TaskOptions, announced
+from headrace.pipelines.errors import InvalidInput
 
 # From (role, device of the forward pass) to a context manager of a client.
 ClientOpener = Callable[[Role, str], AbstractContextManager[Client]]
@@ -72,5 +73,14 @@ class Services:
 
 
 def opener_of(client: Client) -> ClientOpener:
-    """Return an opener for a client that the caller has opened, and that stays open."""
+    """Return an opener for a client that the caller has opened, and that stays open.
+
+    Raises InvalidInput for one that cannot be used.
+    """
+    if client.asynchronous or client.status != "running":
+        state = "asynchronous" if client.asynchronous else client.status
+        raise InvalidInput(
+            f"the Dask client is {state}. Give one that is open, dask.distributed.Client(), or "
+            "leave `client` out"
+        )
     return lambda role, device: nullcontext(client)

@@ -240,16 +240,32 @@ def test_names_that_wrappers_change_inside(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_nan_in_the_weights_is_named_where_a_tap_depends_on_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_in_the_weights_is_named_where_a_tap_depends_on_it(
+    tmp_path: Path, value: float
+) -> None:
     """A training that failed leaves it; in a head above the taps it is noted alone."""
     state = state_of(RESNET)
-    state["layer4.0.conv1.weight"][0, 0] = torch.nan
+    state["layer4.0.conv1.weight"][0, 0] = value
     spec = BackboneSpec(RESNET, saved(tmp_path / "failed.pth", state))
     with pytest.raises(
         BackboneError,
-        match=r"layer4\.avg depends on .* NaN \(1\): layer4\.0\.conv1\.weight\. .*earlier",
+        match=r"layer4\.avg depends on .* NaN or infinities \(1\): layer4\.0\.conv1\.weight\. .*earlier",
     ):
         features(spec, TAPS[RESNET])
-    with pytest.warns(WeightsWarning, match=r"NaN in 1 of its tensors: layer4\.0\.conv1\.weight"):
+    with pytest.warns(
+        WeightsWarning, match=r"NaN or infinite in 1 of its tensors: layer4\.0\.conv1\.weight"
+    ):
         found = features(spec, ["layer2.avg"])
-    assert not found[0].isnan().any()
+    assert found[0].isfinite().all()
+
+
+def test_tensors_of_a_trainer_beside_the_network_s_are_told_how_to_leave_out(
+    tmp_path: Path,
+) -> None:
+    """A LightningModule that is the network has its metrics beside the layers, without a prefix."""
+    file = saved(tmp_path / "x.ckpt", state_of(RESNET) | {"train_acc.confmat": torch.zeros(2, 2)})
+    with pytest.raises(BackboneError, match=r"All tensors .* not name\.startswith\('train_acc'\)"):
+        load_backbone(BackboneSpec(RESNET, file))
+    with pytest.raises(BackboneError, match="it holds no tensor"):
+        load_backbone(BackboneSpec(RESNET, saved(tmp_path / "empty.pth", {})))

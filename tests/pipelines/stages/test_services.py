@@ -8,6 +8,7 @@ from support.models import client_here
 from support.runs import RECIPE, make_photos
 
 from headrace.pipelines.cluster.submit import TaskOptions
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.planning.run_state import read_run_state, write_inputs
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.run import run_recipe
@@ -34,6 +35,13 @@ def test_a_client_is_opened_at_first_use_and_ends_with_the_services():
 
 
 @pytest.mark.slow
+def test_a_client_that_was_closed_is_told():
+    with client_here() as client:
+        opener_of(client)
+    with pytest.raises(InvalidInput, match="the Dask client is closed"):
+        opener_of(client)
+
+
 def test_a_large_run_begins_with_a_probe_and_plans_the_rest_anew(tmp_path, monkeypatch):
     """A little of each kind that was never measured; the other heads are planned by what that
     took, and none is trained twice.
