@@ -1,5 +1,6 @@
 """Images as items of arrays: `.npy`, `.npz`, HDF5 and idx files (the MNIST family)."""
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, missing_path_message
 from headrace.extract.images.locators import encode_path, open_array
 from headrace.extract.images.raw_pixels import MAX_ARRAY_HEADER_BYTES, array_shape
+from headrace.extract.sources.archive import RESERVED_COLUMNS
 from headrace.extract.sources.formats import ARRAY_KINDS, unread_format
 from headrace.extract.sources.layout import SPLIT_IN_NAME, split_side_in
 from headrace.extract.sources.listing import Listing, Tally, join_listings
@@ -109,6 +111,8 @@ def _read_one(
                 for index in range(n_images)
             ],
             **_label_columns(array_path, file_kind, source, n_images),
+            # Of one side of a split, the arrays of another may have as many values.
+            **({} if id_prefix else _other_columns(array_path, file_kind, source, n_images)),
         }
     )
     tally = Tally(found=n_images)
@@ -292,11 +296,32 @@ def _label_columns(
     values = _label_values(label_array, labels_path).reshape(n_images, -1)
     n_columns = values.shape[1]
     names = ["label"] if n_columns == 1 else [f"label_{index}" for index in range(n_columns)]
-    texts = {name: as_text(pd.Series(column)) for name, column in zip(names, values.T, strict=True)}
-    return {
-        name: text.astype(object).where(text.notna() & (text != ""), None).to_numpy()
-        for name, text in texts.items()
-    }
+    return {name: _cell_texts(column) for name, column in zip(names, values.T, strict=True)}
+
+
+def _other_columns(
+    array_path: Path, file_kind: str, source: ImageSource, n_images: int
+) -> dict[str, npt.NDArray[np.object_]]:
+    """Return {array's name: N texts or None} of the arrays in a file that have one value for each
+    image, such as its patient or its side of a split.
+    """
+    if file_kind not in ("npz", "h5"):
+        return {}
+    taken_names = {source.labels_key, *RESERVED_COLUMNS, "label"}
+    columns = {}
+    for name, shape in _shapes(array_path, file_kind).items():
+        if shape == (n_images,) and name not in taken_names:
+            # Of types that are not read here, such as Python objects.
+            with contextlib.suppress(SourceError, ValueError):
+                array = _open(array_path, file_kind, name)
+                columns[name] = _cell_texts(_label_values(array, array_path))
+    return columns
+
+
+def _cell_texts(values: npt.NDArray[Any]) -> npt.NDArray[np.object_]:
+    """Return values (N,) as N texts, or None for missing and empty ones."""
+    texts = as_text(pd.Series(values))
+    return texts.astype(object).where(texts.notna() & (texts != ""), None).to_numpy()
 
 
 def _label_values(label_array: Any, labels_path: Path) -> npt.NDArray[Any]:

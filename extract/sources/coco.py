@@ -1,6 +1,6 @@
 """COCO annotations as labels of whole images, or as rows with a box each."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,11 @@ import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.extract.errors import SourceError
+
+# Of an image, that are read otherwise, or say nothing of it.
+_OWN_KEYS = frozenset({"id", "image_id", "file_name", "path", "label", "content", "_content"}) | {
+    *("x", "y", "width", "height", "license", "coco_url", "flickr_url")
+}
 
 
 def coco_rows(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -22,7 +27,8 @@ def coco_rows(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame
     try:
         category_names = _category_names(values)
         # {image: its categories}, a dict as an ordered set
-        labels_by_image: dict[Any, dict[str, None]] = {image["id"]: {} for image in images}
+        image_ids = [_id_of(image, "image") for image in images]
+        labels_by_image: dict[Any, dict[str, None]] = {image_id: {} for image_id in image_ids}
         if n_repeated := len(images) - len(labels_by_image):
             raise SourceError(
                 f"{table_path}: {count_text(n_repeated, 'id')} of images occur more than once"
@@ -46,7 +52,7 @@ def coco_rows(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame
     else:
         label_column = [labels[0] if labels else None for labels in label_lists]
     frame = pd.DataFrame({"path": image_paths, "label": pd.Series(label_column, dtype=object)})
-    return frame, (note,)
+    return frame.join(_image_columns(images)), (note,)
 
 
 def coco_boxes(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -59,7 +65,8 @@ def coco_boxes(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFram
     """
     try:
         category_names = _category_names(values)
-        image_paths = {image["id"]: str(image["file_name"]) for image in values["images"]}
+        images = {_id_of(image, "image"): image for image in values["images"]}
+        image_paths = {image_id: str(image["file_name"]) for image_id, image in images.items()}
         annotations = values.get("annotations") or []
         # Without regions of many objects, which COCO leaves out of its evaluation too.
         single = [annotation for annotation in annotations if not annotation.get("iscrowd")]
@@ -72,6 +79,8 @@ def coco_boxes(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFram
             for annotation in single
         ]
         frame = pd.DataFrame(rows, columns=["path", "label", "x", "y", "width", "height"])
+        image_of_row = [images[annotation["image_id"]] for annotation in single]
+        frame = frame.join(_image_columns(image_of_row))
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(
             f"{table_path}: not COCO as expected: {type(error).__name__} {error}. Expected images "
@@ -85,4 +94,29 @@ def coco_boxes(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFram
 
 
 def _category_names(values: Mapping[str, Any]) -> dict[Any, str]:
-    return {category["id"]: str(category["name"]) for category in values.get("categories") or []}
+    return {
+        _id_of(category, "category"): str(
+            # Herbarium's
+            category["scientificName"] if "name" not in category else category["name"]
+        )
+        for category in values.get("categories") or []
+    }
+
+
+def _id_of(entry: Mapping[str, Any], entry_kind: str) -> Any:
+    # `image_id` and `category_id` as Herbarium names them
+    return entry[f"{entry_kind}_id"] if "id" not in entry else entry["id"]
+
+
+def _image_columns(images: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return what else COCO's images say (a camera's location, a sequence) as columns."""
+    names = dict.fromkeys(
+        name
+        for image in images
+        for name, value in image.items()
+        if name not in _OWN_KEYS and isinstance(value, str | int | float)
+    )
+    return pd.DataFrame(
+        {name: pd.Series([image.get(name) for image in images], dtype=object) for name in names},
+        index=range(len(images)),
+    )

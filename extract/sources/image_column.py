@@ -13,6 +13,7 @@ import pandas as pd
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, is_archive
+from headrace.extract.sources.listing import is_image_folder, is_mask_folder
 from headrace.extract.sources.table import Table
 
 # Usual names of the column that names the image, the likeliest first; `file_name` is Hugging Face's
@@ -23,8 +24,10 @@ PATH_NAMES = (
 )
 _CELLS_LOOKED_AT = 100  # of a column, to tell what it holds
 _MAX_NAMED = 20  # columns in a message; the others are counted
+_BASE64_STARTS = {"/9j/": ".jpg", "iVBOR": ".png", "R0lGOD": ".gif", "UklGR": ".webp"}
+_MIN_BASE64 = 60  # characters of an image: shorter texts may begin so by chance
 _MIN_EDGE = 8  # pixels, of images whose pixels are the cells of a table
-_MAX_FOLDER_DEPTH = 3  # levels below the folder in which images that ids name are looked for
+_MAX_FOLDER_DEPTH = 5  # levels below the folder in which images that ids name are looked for
 
 
 def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple[str, bool]:
@@ -65,14 +68,22 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
             return pattern, True
     if (pattern := _find_pattern(frame, table_path, image_root, likely_columns)) is not None:
         return pattern, True
+    if not likely_columns and (pattern := _find_folders(frame, image_root)) is not None:
+        return pattern, True
     if likely_columns:
         return likely_columns[0], False
-    if len(named_columns) == 1 and not candidates:
+    if (
+        len(named_columns) == 1
+        and not candidates
+        and _base64_command(frame[named_columns], table_path) is None
+    ):
         return named_columns[0], False
     column_names = [*map(str, frame.columns), *image_columns]
     column_list = ", ".join(column_names[:_MAX_NAMED])
     if len(column_names) > _MAX_NAMED:
         column_list += f" and {len(column_names) - _MAX_NAMED:,} more"
+    if (command := _base64_command(frame, table_path)) is not None:
+        raise SourceError(f"{table_path}: its cells are images in base64. {command}")
     if named_columns or candidates:
         possible_columns = list(dict.fromkeys([*named_columns, *candidates]))
         raise SourceError(
@@ -88,7 +99,7 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
         )
     if (pixels := _pixels_command(frame, table_path)) is not None:
         raise SourceError(f"{table_path}: its cells are the pixels of images. {pixels}")
-    example = frame.columns[0] if len(frame.columns) else "id"
+    example = next((name for name in frame.columns if "Unnamed" not in str(name)), "id")
     archives = sorted(path.name for path in image_root.glob("*") if is_archive(path))
     if archives:  # as Kaggle hands out its contests
         unpack = "unzip" if archives[0].lower().endswith(".zip") else "tar -xf"
@@ -100,8 +111,33 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
     raise SourceError(
         f"{table_path}: no column names image files. Name it: images.path_column; or, for ids "
         "without an ending, say where their images are: images.path_pattern: "
-        f"folder/{{{example}}}.jpg. The columns are: {column_list}."
+        f"folder/{{{example}}}.jpg (several columns may be in it, each in braces). The columns "
+        f"are: {column_list}."
     )
+
+
+def _base64_command(frame: pd.DataFrame, table_path: Path) -> str | None:
+    """Return how to write the images that a column of a CSV holds as base64; None for others."""
+    for name in frame.columns:
+        cell = next(iter(as_text(frame[name]).dropna()), "")
+        code = cell.rpartition(",")[2]  # after data:image/png;base64,
+        suffix = next((end for start, end in _BASE64_STARTS.items() if code.startswith(start)), "")
+        if not suffix or len(code) < _MIN_BASE64:
+            continue
+        new_path = table_path.with_name(f"{table_path.stem}-images.csv")
+        script = (
+            f"import pandas as p, base64 as b, pathlib; t = p.read_csv({str(table_path)!r}, "
+            f"dtype=str); d = pathlib.Path({str(table_path.with_suffix(''))!r}); d.mkdir(); "
+            f"t['path'] = [str(d / f'{{n}}{suffix}') for n in range(len(t))]; "
+            "[pathlib.Path(f).write_bytes(b.b64decode(c.split(',')[-1])) for f, c in "
+            f"zip(t['path'], t[{name!r}])]; "
+            f"t.drop(columns=[{name!r}]).to_csv({str(new_path)!r}, index=False)"
+        )
+        return (
+            f'To write them as files: `python -c "{script}"`, then headrace init '
+            f"{shlex.quote(str(new_path))}"
+        )
+    return None
 
 
 def _pixels_command(frame: pd.DataFrame, table_path: Path) -> str | None:
@@ -115,8 +151,14 @@ def _pixels_command(frame: pd.DataFrame, table_path: Path) -> str | None:
     pixels = first_row.drop(label)
     array = f"t.drop(columns=[{label!r}]).to_numpy('uint8')"
     in_one_cell = pixels[pixels.str.fullmatch(r"\d+( \d+)+")]
+    other_columns = ""
     if len(in_one_cell):
         array = f"n.array([c.split() for c in t[{in_one_cell.index[0]!r}]]).astype('uint8')"
+        other_columns = "".join(
+            f", {name}=n.array(t[{name!r}], 'U')"
+            for name in pixels.index.drop(in_one_cell.index[0])
+            if str(name).isidentifier()
+        )
         pixels = pd.Series(in_one_cell.iloc[0].split(" "))
     if not pixels.str.fullmatch(r"\d{1,3}").all():
         return None
@@ -129,7 +171,8 @@ def _pixels_command(frame: pd.DataFrame, table_path: Path) -> str | None:
     new_path = table_path.with_suffix(".npz")
     script = (
         f"import pandas as p, numpy as n; t = p.read_csv({str(table_path)!r}); "
-        f"n.savez({str(new_path)!r}, images={array}.reshape({shape}), labels=t[{label!r}])"
+        f"n.savez({str(new_path)!r}, images={array}.reshape({shape}), labels=t[{label!r}]"
+        f"{other_columns})"
     )
     return (
         f'To make an array of them: python -c "{script}", and then headrace init '
@@ -150,9 +193,14 @@ def _csv_command(table_path: Path, first_line: str) -> str:
     command = f"tr -s ' ' , < {old_text}"
     if is_compressed:
         command = f"gzip -dc {old_text} | tr -s ' ' ,"
-    # A first line that names an image is a row, so the line of column names is added.
-    if any(Path(word).suffix.lower() in IMAGE_SUFFIXES for word in first_line.split()):
-        command = f"(echo path,label; {command})"
+    # A first line with an image or a number is a row, so the line of column names is added.
+    words = first_line.split()
+    is_image = [Path(word).suffix.lower() in IMAGE_SUFFIXES for word in words]
+    if any(is_image) or any(word.lstrip("-").isdecimal() for word in words[1:]):
+        names = ["path" if image else "label" for image in is_image]
+        names[0] = names[0] if any(is_image) else "id"
+        names = [name if name not in names[:n] else f"{name}{n}" for n, name in enumerate(names)]
+        command = f"(echo {','.join(names)}; {command})"
     return f"{command} > {new_text}"
 
 
@@ -185,20 +233,84 @@ def _find_pattern(
         spaced_texts(frame[name]).str.contains("/").all() for name in name_columns
     ):
         return None
-    # {stem or name of an image: (folders, file name pattern) that would name it}
-    patterns_by_text: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+    pattern = _fitting_pattern(frame, table_path, _patterns_below(folder), name_columns)
+    if pattern is not None and not _in_mask_folder(pattern):
+        return pattern
+    # Lists lie beside the folder of the images, too: `annotations/list.csv` and `images/1.jpg`.
+    siblings = [path for path in folder.absolute().parent.glob("*/") if is_image_folder(path.name)]
+    for sibling in siblings:
+        if sibling != folder.absolute():
+            patterns_by_text = _patterns_below(sibling, ("..", sibling.name))
+            found = _fitting_pattern(frame, table_path, patterns_by_text, name_columns)
+            if found is not None:
+                return found
+    return pattern
+
+
+def _find_folders(frame: pd.DataFrame, image_root: Path) -> str | None:
+    """Return the pattern `{FOLDERS}/{COLUMN}/*` if a column names folders of images, one in each
+    row, such as those of slides or patients; or None.
+    """
+    folders = {parts for found in _patterns_below(image_root).values() for parts, _ in found}
+    prefixes_by_name: dict[str, set[tuple[str, ...]]] = {}
+    for parts in filter(None, folders):
+        prefixes_by_name.setdefault(parts[-1], set()).add(parts[:-1])
+    for column_name in frame.columns:
+        ids = as_text(frame[column_name]).dropna()
+        if len(ids) < 2 or ids.duplicated().any() or any(s in str(column_name) for s in "{}"):
+            continue
+        paths = spaced_texts(ids[ids.str.contains("/")])
+        # Paths may begin with the root's own folder.
+        for prefix in ("", "../"):
+            if any(os.path.isdir(os.path.join(image_root, prefix + path)) for path in paths):
+                return f"{prefix}{{{column_name}}}/*"
+        counts = Counter(
+            place for name in ids for place in prefixes_by_name.get(name.rstrip("/"), ())
+        )
+        most = max(counts.values(), default=0)
+        best = [place for place, count in counts.items() if count == most]
+        if 2 * most >= len(ids) and len(best) == 1:
+            return "/".join((*best[0], f"{{{column_name}}}", "*"))
+    return None
+
+
+# {stem or name of an image: (folders, file name pattern) that would name it}
+_PatternsByText = dict[str, list[tuple[tuple[str, ...], str]]]
+
+
+def _patterns_below(folder: Path, prefix: tuple[str, ...] = ()) -> _PatternsByText:
+    """Return the patterns of paths of the images below a folder; `prefix` begins each path."""
+    patterns_by_text: _PatternsByText = {}
     for parent_folder, folders, file_names in os.walk(folder):
-        parent_parts = Path(parent_folder).relative_to(folder).parts
+        inner_parts = Path(parent_folder).relative_to(folder).parts
+        parent_parts = (*prefix, *inner_parts)
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and len(parent_parts) < _MAX_FOLDER_DEPTH
+            if not name.startswith(".") and len(inner_parts) < _MAX_FOLDER_DEPTH
         )
         for name in sorted(file_names):
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES:
                 patterns_by_text.setdefault(stem, []).append((parent_parts, "{}" + suffix))
                 patterns_by_text.setdefault(name, []).append((parent_parts, "{}"))
+    return patterns_by_text
+
+
+def _in_mask_folder(pattern: str) -> bool:
+    return any(map(is_mask_folder, pattern.split("/")[:-1]))
+
+
+def _fitting_pattern(
+    frame: pd.DataFrame,
+    table_path: Path,
+    patterns_by_text: _PatternsByText,
+    name_columns: Sequence[str],
+) -> str | None:
+    """Return the pattern by which a column names the most images, or None.
+
+    Raises SourceError when several patterns fit.
+    """
     # The column `id` first. Each row names an image of its own: a column of classes, whose values
     # repeat, cannot.
     for column_name in name_columns or sorted(frame.columns, key=lambda name: name != "id"):
@@ -214,6 +326,9 @@ def _find_pattern(
             fitting_patterns = [
                 text.replace("{}", placeholder) for text in _common_patterns(patterns_of_id)
             ]
+            fitting_patterns = [
+                text for text in fitting_patterns if not _in_mask_folder(text)
+            ] or fitting_patterns
             if len(fitting_patterns) > 1 and not name_columns:
                 raise SourceError(
                     f"{table_path}: the column {column_name!r} could name the images "

@@ -15,7 +15,9 @@ from headrace.extract.errors import SourceError
 from headrace.extract.images.locators import locator_file
 from headrace.extract.sources.folder import image_paths
 
-_ADDRESS = re.compile(r"/data/(?:upload/(?:\d+/)?|local-files/\?d=)(.+)")
+_ADDRESS = re.compile(
+    r"(?:/data/(?:upload/(?:\d+/)?|local-files/\?d=)|(?!file:)[a-z][a-z0-9+.-]*://[^/]+/)(.+)"
+)
 _UPLOAD_MARK = re.compile(r"^[0-9a-f]{8}-")  # before the name that a file had when it was uploaded
 
 
@@ -98,13 +100,14 @@ def _answers(annotation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def local_names(addresses: "pd.Series[Any]", image_root: Path) -> "pd.Series[Any]":
-    """Return the addresses of images on Label Studio's server as paths below `image_root`.
+    """Return the addresses of images on Label Studio's server, or in a cloud's storage
+    (`gs://bucket/cats/1.jpg`), as paths below `image_root`.
 
     An upload is the file of its name, or of its name before it was uploaded. A local file is the
     one whose path is the end of the address, or ends with the whole address. Other texts stay, as
     do addresses that fit no file, or several.
     """
-    is_address = addresses.astype(str).str.startswith(("/data/upload/", "/data/local-files/"))
+    is_address = addresses.astype(str).str.fullmatch(_ADDRESS.pattern)
     if not is_address.any():
         return addresses
     paths_by_name: dict[str, list[str]] = defaultdict(list)

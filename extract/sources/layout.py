@@ -58,6 +58,48 @@ def split_side_in(name: str) -> str | None:
     return SPLIT_WORDS[match[0].lower()] if match else None
 
 
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
+_FLAG_NAME = re.compile(r"is[ _-]?(?P<side>.+)", re.IGNORECASE)
+
+
+def side_of_cell(cell: str, column_name: str) -> str | None:
+    """Return the side of a split that a cell stands for: train, validation or test; None if it
+    stands for none.
+
+    A cell is one of SPLIT_WORDS, has one side's word among its words (`PublicTest`, `train2017`),
+    or is the yes or no of a column such as `is_valid`.
+    """
+    sides = {SPLIT_WORDS[word] for word in _words(cell) if word in SPLIT_WORDS}
+    if len(sides) == 1:
+        return sides.pop()
+    if (flag := _FLAG_NAME.fullmatch(column_name)) is None or cell.lower() not in (*_YES, *_NO):
+        return None
+    flag_sides = {SPLIT_WORDS[word] for word in _words(flag["side"]) if word in SPLIT_WORDS}
+    if len(flag_sides) != 1:
+        return None
+    (side,) = flag_sides
+    if cell.lower() in _YES:
+        return side
+    return "test" if side == "train" else "train"
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def sides_of_folders(names: Collection[str]) -> dict[str, str]:
+    """Return {name: side} of folders that are the sides of a split, by their names: those that are
+    a word for a side, else those that differ in such a word alone (`seg_train`, `seg_test`).
+    """
+    exact = {name: SPLIT_WORDS[name.lower()] for name in names if name.lower() in SPLIT_WORDS}
+    if exact:
+        return exact
+    with_word = {name: side for name in names if (side := split_side_in(name)) is not None}
+    stems = {SPLIT_IN_NAME.sub("", name) for name in with_word}
+    return with_word if len(stems) == 1 and len(set(with_word.values())) > 1 else {}
+
+
 @dataclass(frozen=True)
 class FolderLabels:
     """Labels and sides of a split that the folders of N images give."""
@@ -89,12 +131,14 @@ def read_layout(
     """
     if not labelled:
         return FolderLabels([None] * len(image_folders), None, ())
-    class_depth = _split_depth(image_folders, layout, source_text)
+    is_split = _is_split(image_folders, layout, source_text)
+    class_depth = _class_depth(image_folders) if is_split else 0
     _refuse_vanished(image_folders, other_folders, class_depth, source_text)
+    unlabelled_sides = _sides_without_classes(image_folders, class_depth) if is_split else {}
     folder_names_by_label: dict[str, set[str]] = defaultdict(set)  # the folders' own names by label
     labels: list[str | None] = []
     for folders in image_folders:
-        if len(folders) <= class_depth:
+        if len(folders) <= class_depth or folders[0] in unlabelled_sides:
             labels.append(None)
             continue
         label = normalize_text(printable_name(folders[class_depth]))
@@ -113,7 +157,12 @@ def read_layout(
         f"the folders {', '.join(sorted(filter(None, set(splits))))} are the sides of a split, and "
         "the folders in them the classes"
     )
-    if n_unlabelled := sum(label is None for label in labels):
+    notes += [
+        f"{side}/{folder} is no class of train, and its images have no label"
+        for side, folder in sorted(unlabelled_sides.items())
+    ]
+    n_below_sides = sum(len(folders) <= class_depth for folders in image_folders)
+    if n_unlabelled := n_below_sides:
         notes.append(
             f"{count_text(n_unlabelled, 'image lies', 'images lie')} in no class's folder and have "
             "no label"
@@ -121,36 +170,78 @@ def read_layout(
     return FolderLabels(labels, splits, tuple(notes))
 
 
-def _split_depth(image_folders: Sequence[FolderParts], layout: Layout, source_text: str) -> int:
-    """Return the level of the classes' folders: 0 the outermost, 1 below the sides of a split."""
+def _is_split(image_folders: Sequence[FolderParts], layout: Layout, source_text: str) -> bool:
+    """Return whether the outermost folders are the sides of a split, and not classes."""
     if layout != "auto":
-        return int(layout == "split")
+        return layout == "split"
     outer_names = sorted({folders[0] for folders in image_folders if folders})
-    split_names = [name for name in outer_names if name.lower() in SPLIT_WORDS]
-    other_names = [name for name in outer_names if name.lower() not in SPLIT_WORDS]
-    sides = {SPLIT_WORDS[name.lower()] for name in split_names}
+    side_of_name = sides_of_folders(outer_names)
+    split_names = list(side_of_name)
+    other_names = [name for name in outer_names if name not in side_of_name]
     # One word of a split among other folders: a class that happens to have this name.
-    if not sides or (other_names and len(sides) < 2):
-        return 0
+    if not split_names or (other_names and len(set(side_of_name.values())) < 2):
+        return False
     train_classes = {
         folders[1]
         for folders in image_folders
-        if len(folders) > 1 and SPLIT_WORDS.get(folders[0].lower()) == "train"
+        if len(folders) > 1 and side_of_name.get(folders[0]) == "train"
     }
     if len(outer_names) == 1 and len(train_classes) < 2:
-        return 0  # one folder that happens to have this name; callers refuse a single class
+        return False  # one folder that happens to have this name; callers refuse a single class
     if train_classes and not other_names:
-        return 1
+        return True
     # Taken for the other one, either would give a head of classes that nobody meant.
     others = f" and {', '.join(other_names[:5])}" if other_names else ""
+    belongs_not = other_names[:5] or split_names[:1]
     lacking = "" if other_names else " without a class's folder in train"
     raise SourceError(
         f"{source_text} holds {', '.join(split_names)}, which are words for the sides of a split,"
         f"{others}{lacking}. Are these the classes, or a split with the classes in them? Say which "
         "in the recipe, images.layout: classes or images.layout: split (headrace init: --layout "
-        "split); or move away what does not belong, or leave it out: images.exclude: [NAME] "
-        "(headrace init: --exclude NAME)"
+        f"split); or move away what does not belong, or leave it out: images.exclude: "
+        f"{as_yaml_list(list(map(printable_name, belongs_not)))} (headrace init: "
+        f"{' '.join(f'--exclude {shlex.quote(printable_name(name))}' for name in belongs_not)})"
     )
+
+
+def _class_depth(image_folders: Sequence[FolderParts]) -> int:
+    """Return the level of the classes' folders in the sides of a split: 1, or below folders that
+    each side has one of, such as `seg_train/seg_train/forest`.
+    """
+    depth = 1
+    while True:
+        inner_names: dict[str, set[str]] = defaultdict(set)
+        for folders in image_folders:
+            if folders:
+                inner_names[folders[0]].add(folders[depth] if len(folders) > depth else "")
+        is_only_folder = all(len(names) == 1 and "" not in names for names in inner_names.values())
+        if not inner_names or not is_only_folder or all(len(f) <= depth + 1 for f in image_folders):
+            return depth
+        depth += 1
+
+
+def _sides_without_classes(
+    image_folders: Sequence[FolderParts], class_depth: int
+) -> dict[str, str]:
+    """Return {side: its folder} of sides whose images have no label: beside the classes of train
+    they have one folder, which is none of these, such as `val/images` or `test/unknown`.
+    """
+    inner_names: dict[str, set[str]] = defaultdict(set)
+    for folders in image_folders:
+        if len(folders) > class_depth:
+            inner_names[folders[0]].add(folders[class_depth])
+    side_of_name = sides_of_folders(inner_names)
+    train_classes = {
+        name
+        for side in inner_names
+        if side_of_name.get(side) == "train"
+        for name in inner_names[side]
+    }
+    return {
+        side: next(iter(names))
+        for side, names in inner_names.items()
+        if len(train_classes) > 1 and len(names) == 1 and not names & train_classes
+    }
 
 
 def _refuse_vanished(
@@ -162,8 +253,10 @@ def _refuse_vanished(
     """Raise SourceError for classes and sides of a split whose folders have no image."""
     if class_depth:
         # Folders beside the sides of the split hold neither sides nor classes.
+        outer_names = {folders[0] for folders in (*image_folders, *other_folders) if folders}
+        side_of_name = sides_of_folders(outer_names)
         other_folders = [
-            folders for folders in other_folders if folders and folders[0].lower() in SPLIT_WORDS
+            folders for folders in other_folders if folders and folders[0] in side_of_name
         ]
     for level in range(class_depth + 1):
         used_names = {folders[level] for folders in image_folders if len(folders) > level}

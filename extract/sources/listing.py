@@ -3,6 +3,7 @@
 import posixpath
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,7 +24,7 @@ _MASK = re.compile(
 )
 # The same in a folder of its own: `masks/1.png` beside `images/1.png`.
 _MASK_FOLDER = re.compile(
-    r"masks?|seg|segmentations?|ground_?truth|gt|annotations?|labels?", re.IGNORECASE
+    r"masks?|trimaps?|seg|segmentations?|ground_?truth|gt|annotations?|labels?", re.IGNORECASE
 )
 _IMAGE_FOLDER = re.compile(r"images?|imgs?|photos?|pictures?|scans?|raw|inputs?", re.IGNORECASE)
 
@@ -135,42 +136,59 @@ def _matches(name: str, pattern: str) -> bool:
     return any(prefix == plain_pattern or fnmatchcase(prefix, plain_pattern) for prefix in prefixes)
 
 
-def notes_on_masks(image_ids: Iterable[str]) -> list[str]:
-    """Return a note if images are named like masks or the like of images beside them; else []."""
-    ids = list(image_ids)
-    stem_of = {image_id: posixpath.splitext(image_id)[0] for image_id in ids}
+def is_mask_folder(name: str) -> bool:
+    """Return whether a folder is named as one of masks, which are drawn onto images."""
+    return _MASK_FOLDER.fullmatch(name) is not None
+
+
+def is_image_folder(name: str) -> bool:
+    """Return whether a folder is named as one of images."""
+    return _IMAGE_FOLDER.fullmatch(name) is not None
+
+
+def mask_patterns(image_ids: Iterable[str]) -> dict[str, str]:
+    """Return {id: pattern that leaves it out} of the images that are named like masks or the like
+    of images beside them.
+    """
+    stem_of = {image_id: posixpath.splitext(image_id)[0] for image_id in image_ids}
     stems = set(stem_of.values())
-    masks = [
-        (image_id, f"*{match['tail']}{image_id.removeprefix(stem)}")
+    patterns = {
+        image_id: f"*{match['tail']}{image_id.removeprefix(stem)}"
         for image_id, stem in stem_of.items()
         for match in [_MASK.fullmatch(stem)]
         if match is not None and match["image"] in stems
-    ]
-    names_of_place = [posixpath.split(folder) for folder in {*map(posixpath.dirname, stems)}]
-    image_folder_of = {
-        place: posixpath.join(place, name)
-        for place, name in names_of_place
-        if _IMAGE_FOLDER.fullmatch(name)
     }
-    pattern_of_folder = {
-        posixpath.join(place, name): f"*/{name}" if place else name
-        for place, name in names_of_place
-        if _MASK_FOLDER.fullmatch(name) and place in image_folder_of
-    }
+    # {place: names of the images anywhere below its folder of images}
+    names_of_images: dict[str, set[str]] = defaultdict(set)
+    # {(place, its folder of masks): ids of the images below}
+    ids_of_masks: dict[tuple[str, str], list[str]] = defaultdict(list)
     for image_id, stem in stem_of.items():
-        folder, name = posixpath.split(stem)
-        if folder in pattern_of_folder:
-            image_folder = image_folder_of[posixpath.dirname(folder)]
-            if posixpath.join(image_folder, name) in stems:
-                masks.append((image_id, pattern_of_folder[folder]))
-    if not masks:
+        *folders, name = stem.split("/")
+        for level, folder in enumerate(folders):
+            place = "/".join(folders[:level])
+            if is_image_folder(folder):
+                names_of_images[place].add(name)
+            elif is_mask_folder(folder):
+                ids_of_masks[place, folder].append(image_id)
+    for (place, folder), mask_ids in ids_of_masks.items():
+        for mask_id in mask_ids:
+            if posixpath.basename(stem_of[mask_id]) in names_of_images.get(place, ()):
+                patterns[mask_id] = f"*/{folder}" if place else folder
+    return patterns
+
+
+def notes_on_masks(image_ids: Iterable[str]) -> list[str]:
+    """Return a note if images are named like masks or the like of images beside them; else []."""
+    pattern_of_mask = mask_patterns(image_ids)
+    if not pattern_of_mask:
         return []
-    patterns = sorted({pattern for _, pattern in masks})
+    patterns = sorted(set(pattern_of_mask.values()))
     options = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in patterns)
     return [
-        f"{count_text(len(masks), 'image is named', 'images are named')} like masks of those "
-        f"beside them, such as {masks[0][0]}, and count as images. To leave them out: "
-        f"images.exclude: [{', '.join(map(repr, patterns))}] (headrace init and predict: {options})"
+        f"{count_text(len(pattern_of_mask), 'image is named', 'images are named')} like masks of "
+        f"those beside them, such as {next(iter(pattern_of_mask))}, and count as images. To leave "
+        f"them out: images.exclude: [{', '.join(map(repr, patterns))}] (headrace init and predict: "
+        f"{options})"
     ]
 
 

@@ -233,7 +233,10 @@ def _delimiter(text: str, default_delimiter: str) -> str:
 
 def _check_header(column_names: list[str], table_path: Path) -> None:
     """Raise SourceError if the first line is no line of names, or gives two columns one name."""
-    is_path = [Path(name).suffix.lower() in IMAGE_SUFFIXES for name in column_names]
+    # A name that ends with a slash is a folder (MURA's lists of studies).
+    is_path = [
+        Path(name).suffix.lower() in IMAGE_SUFFIXES or name.endswith("/") for name in column_names
+    ]
     if any(is_path):
         # As of Vertex AI: TRAIN,gs://bucket/1.jpg,cat
         is_side = [name.lower() in SPLIT_WORDS for name in column_names]

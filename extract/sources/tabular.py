@@ -23,9 +23,9 @@ from headrace.extract.images.crops import Crop
 from headrace.extract.images.locators import encode_path, locator_file, printable_name
 from headrace.extract.sources.archive import RESERVED_COLUMNS
 from headrace.extract.sources.birds import IMAGES, is_list_of_birds
-from headrace.extract.sources.folder import image_paths
-from headrace.extract.sources.formats import TABLE_SUFFIXES
-from headrace.extract.sources.image_column import find_image_column
+from headrace.extract.sources.folder import UNMATCHED_NAMES, image_paths
+from headrace.extract.sources.formats import TABLE_SUFFIXES, is_image
+from headrace.extract.sources.image_column import are_files, find_image_column, spaced_texts
 from headrace.extract.sources.label_studio import local_names
 from headrace.extract.sources.layout import split_sides
 from headrace.extract.sources.listing import Listing, Tally
@@ -187,12 +187,18 @@ def _samples(
     frame = table.frame
     if frame.empty and not table.image_columns:
         return pd.DataFrame(columns=["id", "path"], dtype=object)
-    tally.found += len(frame)
     _require_columns(table_path, [*frame.columns, *table.image_columns], source)
     root = table_path.parent if source.root is None else source.root
     image_root = expand_home(root).absolute()
     image_column, is_pattern = _image_column(table, table_path, image_root, source, notes)
-    written_names, locators = _image_names(table, table_path, image_root, image_column, is_pattern)
+    if is_pattern and "*" in image_column.rpartition("/")[2]:
+        frame, written_names = _rows_of_folders(frame, image_column, table_path, image_root)
+        locators = written_names.map(lambda name: _find(str(image_root), name), na_action="ignore")
+    else:
+        written_names, locators = _image_names(
+            table, table_path, image_root, image_column, is_pattern
+        )
+    tally.found += len(frame)
     boxes = find_boxes(frame, source.boxes, table_path)
     if boxes is not None:
         crops, box_note = boxes
@@ -241,7 +247,25 @@ def _samples(
             notes.append(
                 f"{table_path.name}: the first folders of the paths are the sides of a split"
             )
+    if source.name_pattern is not None:
+        samples = _with_names(samples, written_names, source.name_pattern, tally)
     return _leave_out(samples, table_path, tally, repeated=not labelled)
+
+
+def _with_names(
+    samples: pd.DataFrame, written_names: pd.Series, name_pattern: str, tally: Tally
+) -> pd.DataFrame:
+    """Return the samples with the named groups of a pattern in their paths as columns; rows that
+    it does not match are left out and counted.
+    """
+    matches = written_names.astype(str).map(re.compile(name_pattern).search)
+    is_match = matches.notna() | written_names.isna()
+    tally.leave_out_rows(UNMATCHED_NAMES, written_names, ~is_match)
+    columns = {
+        name: matches.map(lambda match, name=name: match[name], na_action="ignore")
+        for name in re.compile(name_pattern).groupindex
+    }
+    return samples.assign(**columns)[is_match]
 
 
 def _image_names(
@@ -255,8 +279,19 @@ def _image_names(
         names = _fill_pattern(frame, image_column, table_path)
         names = _in_folders(names, image_column, image_root)
     else:
-        names = local_names(as_text(frame[image_column]), image_root)
+        names = _below_root(local_names(as_text(frame[image_column]), image_root), image_root)
     return names, names.map(lambda name: _find(str(image_root), name), na_action="ignore")
+
+
+def _below_root(names: pd.Series, image_root: Path) -> pd.Series:
+    """Return the names without a slash at their beginning, where the files are below the root and
+    not there (Places365: `/a/airfield/1.jpg`).
+    """
+    examples = spaced_texts(names)
+    from_root = examples[examples.str.startswith("/")].str.lstrip("/")
+    if from_root.empty or are_files(image_root, examples) or not are_files(image_root, from_root):
+        return names
+    return names.str.lstrip("/")
 
 
 def _ids_repeat(ids: pd.Series, locators: pd.Series) -> bool:
@@ -368,6 +403,31 @@ def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Ser
     return filled_paths
 
 
+def _rows_of_folders(
+    frame: pd.DataFrame, pattern: str, table_path: Path, image_root: Path
+) -> tuple[pd.DataFrame, pd.Series]:
+    """Return a row for each image that a row's pattern fits, and their names; a row without one has
+    no name. A column `path` or `id` of folders is called `folder`.
+    """
+    filled_paths = _fill_pattern(frame, pattern, table_path)
+    names_of_row: list[list[str | None]] = []
+    for filled_path in filled_paths:
+        # `*` alone is special: ids may have brackets.
+        path_glob = "" if pd.isna(filled_path) else glob.escape(filled_path).replace("[*]", "*")
+        files = sorted(glob.glob(path_glob.replace("//", "/"), root_dir=image_root))
+        names_of_row.append([name for name in files if is_image(image_root / name)] or [None])
+    expanded = frame.loc[frame.index.repeat(list(map(len, names_of_row)))].reset_index(drop=True)
+    expanded = expanded.rename(
+        columns={
+            name: "folder"
+            for name in ("path", "id")
+            if f"{{{name}}}/" in pattern and "folder" not in expanded
+        }
+    )
+    names = [name for names in names_of_row for name in names]
+    return expanded, pd.Series(names, index=expanded.index, dtype=object)
+
+
 def _in_folders(filled_paths: pd.Series, pattern: str, image_root: Path) -> pd.Series:
     """Return the paths of a pattern whose folder has `*`, each in the folder that has its file.
 
@@ -453,8 +513,11 @@ def _refuse_reserved(
     frame: pd.DataFrame, table_path: Path, path_column: str | None, id_column: str | None
 ) -> None:
     """Raise SourceError for columns named as those of the samples, which would replace them."""
+    # A pattern of paths such as `images/{path}` reads the images from the column, too.
+    in_pattern = {name for name in ("id", "path") if f"{{{name}}}" in (path_column or "")}
     for column_name in frame.columns:
-        if column_name in RESERVED_COLUMNS - ({"id", "path"} & {id_column, path_column}):
+        allowed = ({"id", "path"} & {id_column, path_column}) | in_pattern
+        if column_name in RESERVED_COLUMNS - allowed:
             other_way = {
                 "id": ", or take the ids from it: images.id_column: id (in Python: id_column='id')",
                 "path": (

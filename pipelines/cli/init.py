@@ -90,17 +90,24 @@ def write_recipe(
     force: bool = False,
     layout: Layout = "auto",
     exclude: tuple[str, ...] = (),
+    name_pattern: str | None = None,
 ) -> Finding:
     """Write a commented recipe for a folder, a table, archives or an array file to `out`.
 
-    layout: what the outer folders are; exclude: images, or folders of them, to leave out. Both
-    become keys of the recipe. Raises InvalidInput when there is nothing to train on, or when `out`
+    layout: what the outer folders are; exclude: images, or folders of them, to leave out;
+    name_pattern: what names say. They become keys of the recipe. Raises InvalidInput when there is nothing to train on, or when `out`
     cannot be written or exists without `force`; SourceError for a file that cannot be read.
     """
     # First: looking at many images takes a while.
     _check_out(out, force=force)
     with quiet_decoding():
-        finding = detect_recipe(source, out.absolute().parent, layout=layout, exclude=exclude)
+        finding = detect_recipe(
+            source,
+            out.absolute().parent,
+            layout=layout,
+            exclude=exclude,
+            name_pattern=name_pattern,
+        )
     kind_line = re.search(r"\n  kind: (\w+)", finding.task)
     kind = kind_line[1] if kind_line else "single"
     recipe_text = _RECIPE.format(

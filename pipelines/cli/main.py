@@ -137,6 +137,13 @@ def init(
         ),
     ] = "auto",
     exclude: ExcludeOption = None,
+    name_pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="What file names say, as a regular expression whose named groups become columns: "
+            "'(?P<patient>P[0-9]+)_(?P<label>[a-z]+)'."
+        ),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Write a commented recipe for the images that are there.
@@ -145,7 +152,14 @@ def init(
     """
     from headrace.pipelines.cli.init import write_recipe
 
-    finding = write_recipe(source, out, force=force, layout=layout, exclude=tuple(exclude or ()))
+    finding = write_recipe(
+        source,
+        out,
+        force=force,
+        layout=layout,
+        exclude=tuple(exclude or ()),
+        name_pattern=name_pattern,
+    )
     if json_output:
         print_json("init", recipe=out.absolute(), found=finding.sentence, notes=finding.notes)
         return

@@ -15,7 +15,7 @@ from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text
 from headrace.extract.images.crops import split_crop
 from headrace.extract.images.locators import printable_name
-from headrace.extract.sources.layout import SPLIT_WORDS
+from headrace.extract.sources.layout import side_of_cell
 from headrace.extract.sources.listing import Listing, join_listings
 from headrace.extract.sources.read import read_source
 from headrace.heads.arrays import Array, Index
@@ -40,10 +40,12 @@ from headrace.pipelines.recipe.side_columns import (
 )
 from headrace.pipelines.recipe.targets import (
     DataError,
+    alike_classes,
     alike_names,
     check_targets,
     empty_as_missing,
     target_columns,
+    unused_relabels,
 )
 from headrace.pipelines.recipe.unit_targets import unit_targets
 
@@ -154,14 +156,15 @@ def make_dataset(
     readable = readable[readable["_content"].notna()].sort_values("id", ignore_index=True)
     notes: list[str] = []
     labelled_samples, classes, target = check_targets(readable, section)
+    notes += unused_relabels(readable, section)
     unlabelled_samples = readable[~readable["id"].isin(labelled_samples["id"])]
     if len(unlabelled_samples):
         notes.append(
             f"{count_text(len(unlabelled_samples), 'image has', 'images have')} no "
             f"{' / '.join(target_columns(section))}: they are predicted in the end, and no head is "
-            "trained or scored on them"
+            f"trained or scored on them{_partly_labelled(unlabelled_samples, section)}"
         )
-    notes += alike_names(classes, "classes")
+    notes += alike_classes(classes)
     labelled_samples, groups, unit_names = _groups_and_units(labelled_samples, section, notes)
     units = None
     if unit_names is not None:
@@ -205,6 +208,18 @@ def make_dataset(
         row_groups[~is_test],
         unlabelled_rows,
         row_groups[is_test],
+    )
+
+
+def _partly_labelled(unlabelled_samples: pd.DataFrame, section: TaskSection) -> str:
+    """Return, in words, how many images without a target have a value in some of its columns."""
+    has_value = unlabelled_samples[target_columns(section)].apply(empty_as_missing).notna()
+    n_partly = int((has_value.any(axis=1) & ~has_value.all(axis=1)).sum())
+    if not n_partly:
+        return ""
+    return (
+        f". {n_partly:,} of them have values in some of these columns: where an empty cell means "
+        '0, task.relabel: {"": 0}'
     )
 
 
@@ -277,8 +292,8 @@ def _names_in(labelled_samples: pd.DataFrame, task_key: str, column_name: str) -
 def _unused_split(labelled_samples: pd.DataFrame, section: TaskSection) -> list[str]:
     if section.split is not None or section.fold is not None or "split" not in labelled_samples:
         return []
-    split_words = set(as_text(labelled_samples["split"]).dropna().str.lower())
-    if not split_words <= set(SPLIT_WORDS):
+    split_words = set(as_text(labelled_samples["split"]).dropna())
+    if any(side_of_cell(word, "split") is None for word in split_words):
         return []
     return [
         (

@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import connected_components
 from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text
 from headrace.extract.errors import as_yaml_list
-from headrace.extract.sources.layout import SPLIT_WORDS
+from headrace.extract.sources.layout import side_of_cell
 from headrace.heads.arrays import Array, Index, Mask, Strings
 from headrace.heads.data.folds import BadSplit, make_folds, split_test
 from headrace.heads.data.task import TEST, TRAIN_ONLY
@@ -331,14 +331,14 @@ def _read_split(labelled_samples: pd.DataFrame, column_name: str) -> Strings:
             f"{labelled_samples.loc[split_texts.isna(), 'id'].iloc[0]!r}; expected train, "
             "validation or test"
         )
-    split_words = split_texts.str.lower()
-    unknown_words = sorted(set(split_words) - set(SPLIT_WORDS))
-    if unknown_words:
+    side_of_text = {text: side_of_cell(text, column_name) for text in split_texts.unique()}
+    unknown_texts = sorted(text for text, side in side_of_text.items() if side is None)
+    if unknown_texts:
         raise DataError(
-            f"task.split {column_name!r} holds {', '.join(map(repr, unknown_words[:5]))}; expected "
+            f"task.split {column_name!r} holds {', '.join(map(repr, unknown_texts[:5]))}; expected "
             "train, validation or test"
         )
-    return split_words.map(SPLIT_WORDS).to_numpy(dtype=np.str_)
+    return split_texts.map(side_of_text).to_numpy(dtype=np.str_)
 
 
 def check_folds(fold_of_row: npt.NDArray[np.int16], target: Index | None) -> None:

@@ -18,6 +18,7 @@ from headrace.pipelines.recipe.values import (
     Section,
     Seed,
     Share,
+    as_texts,
     check_views,
 )
 
@@ -72,8 +73,8 @@ class Images(Section):
     # what the outer folders are; auto: as their names say
     layout: Literal["auto", "classes", "split"] = "auto"
     exclude: tuple[str, ...] = ()  # ids, or folders that they lie in, to leave out; * and ? match
-    # of a folder: a regular expression, searched for in the paths below it, whose named groups are
-    # columns, such as '(?P<patient>P[0-9]+)_(?P<label>[a-z]+)'
+    # of a folder or a table: a regular expression, searched for in the images' paths, whose named
+    # groups are columns, such as '(?P<patient>P[0-9]+)_(?P<label>[a-z]+)'
     name_pattern: str | None = None
     # the table's column with the paths, or the images; default: found by what it holds
     path_column: str | None = None
@@ -136,10 +137,8 @@ class Images(Section):
 
     @pydantic.model_validator(mode="after")
     def _names_are_files(self) -> "Images":
-        if self.name_pattern is not None and self.folder is None:
-            raise ValueError(
-                "name_pattern is for images of a `folder`; a table has columns of its own"
-            )
+        if self.name_pattern is not None and self.folder is None and self.table is None:
+            raise ValueError("name_pattern is for the images of a `folder` or a `table`")
         return self
 
     @pydantic.field_validator("pixel_range")
@@ -231,6 +230,11 @@ class TaskSection(Section):
     copies: Literal["refuse", "keep"] = "refuse"
     # between several labels in one cell, as in `cat;dog`; for kind: multi
     separator: Annotated[str, pydantic.Field(min_length=1)] | None = None
+    # values of the target and what they count as, such as {-1: 1, "": 0, unsure: null}; "" is an
+    # empty cell, null is no value, as an empty cell has none
+    relabel: Annotated[dict[str, str | None], pydantic.BeforeValidator(as_texts)] = pydantic.Field(
+        default_factory=dict
+    )
     # set aside at random where no column marks test rows; 0: no test split
     test_fraction: Fraction = 0.25
     folds: Annotated[int, pydantic.Field(ge=2, le=100)] = 5  # the winner is chosen on these

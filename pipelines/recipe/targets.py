@@ -3,12 +3,13 @@
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import yaml
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
@@ -35,11 +36,9 @@ def check_targets(
     column_names = target_columns(section)
     # Rows without a target are predicted in the end, and so are those with a blank one.
     target_values = samples[column_names].apply(empty_as_missing)
-    # Names stay text. All other targets are numbers, also the 0 and 1 of labels and one-hot
-    # classes.
-    holds_names = (section.kind == "single" and len(column_names) == 1) or (
-        section.kind == "multi" and _holds_labels(target_values, section)
-    )
+    holds_names = _holds_names(target_values, section)
+    if section.relabel and not _holds_labels(target_values, section):
+        target_values = target_values.apply(_relabelled, args=(section.relabel, not holds_names))
     if not holds_names:
         target_values = target_values.apply(lambda column: _numbers(column, samples["id"], section))
     has_target = target_values.notna().all(axis=1)
@@ -64,6 +63,15 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple | set | np.ndarray)
 
 
+def _holds_names(target_values: pd.DataFrame, section: "TaskSection") -> bool:
+    """Return whether targets stay text. All others are numbers, also the 0 and 1 of labels and
+    one-hot classes.
+    """
+    return (section.kind == "single" and target_values.shape[1] == 1) or (
+        section.kind == "multi" and _holds_labels(target_values, section)
+    )
+
+
 def _holds_labels(target_values: pd.DataFrame, section: "TaskSection") -> bool:
     """Return whether the target is one column with several labels in a cell: lists, or text with a
     separator.
@@ -72,6 +80,47 @@ def _holds_labels(target_values: pd.DataFrame, section: "TaskSection") -> bool:
     return target_values.shape[1] == 1 and (
         section.separator is not None or bool(column.map(_is_list).any())
     )
+
+
+def _relabelled(
+    column: pd.Series, relabel: Mapping[str, str | None], are_numbers: bool
+) -> pd.Series:
+    """Return a column as text in which the values that `task.relabel` names are replaced.
+
+    are_numbers: whether `-1` also names a cell that holds `-1.0`.
+    """
+    texts = as_text(column)
+    relabelled = texts.astype(object)
+    for value, new_value in relabel.items():
+        relabelled[_has_value(texts, value, are_numbers)] = new_value
+    return relabelled
+
+
+def _has_value(texts: pd.Series, value: str, are_numbers: bool) -> pd.Series:
+    if value == "":
+        return texts.isna()
+    if are_numbers and np.isfinite(number := as_numbers(pd.Series([value])).iloc[0]):
+        return as_numbers(texts).eq(number)
+    return texts.eq(value)
+
+
+def unused_relabels(samples: pd.DataFrame, section: "TaskSection") -> list[str]:
+    """Return a note on the values of `task.relabel` that no image has; else []."""
+    if not section.relabel:
+        return []
+    target_values = samples[target_columns(section)].apply(empty_as_missing)
+    if _holds_labels(target_values, section):
+        label_sets = target_values.iloc[:, 0].map(lambda cell: _labels_of(cell, section.separator))
+        texts = pd.Series([label for labels in label_sets for label in labels], dtype=object)
+    else:
+        texts = pd.concat([as_text(target_values[name]) for name in target_values])
+    are_numbers = not _holds_names(target_values, section)
+    unused = [
+        repr(value) for value in section.relabel if not _has_value(texts, value, are_numbers).any()
+    ]
+    if not unused:
+        return []
+    return [f"task.relabel: no image has {name_some(unused)}, for which it gives another value"]
 
 
 def target_columns(section: "TaskSection") -> list[str]:
@@ -92,14 +141,18 @@ def _encode(
     if section.kind == "single":
         return _encode_classes(target_values, section)
     if section.kind == "multi" and _holds_labels(target_values, section):
-        return _encode_label_sets(target_values.iloc[:, 0], section.separator)
+        return _encode_label_sets(target_values.iloc[:, 0], section)
     column_names = tuple(str(column_name) for column_name in target_values.columns)
     numbers = target_values.to_numpy(dtype=np.float64)
     if section.kind == "regression":
         return column_names, numbers
-    if not np.isin(numbers, (0, 1)).all():
+    other_numbers = np.setdiff1d(numbers, (0, 1))
+    if len(other_numbers):
+        found_texts = [f"{number:g}" for number in other_numbers]
         raise DataError(
-            f"task.kind multi needs 0 or 1 in every column of {', '.join(column_names)}"
+            f"task.kind multi needs 0 or 1 in every column of {', '.join(column_names)}; found "
+            f"{name_some(found_texts)}. To say what a value counts as: task.relabel: "
+            f"{{{found_texts[0]}: 0}}, or null for no value"
         )
     return column_names, numbers.astype(np.uint8)
 
@@ -186,20 +239,17 @@ def _class_order(labels: Iterable[str]) -> Any:
 
 
 def _encode_label_sets(
-    column: pd.Series, separator: str | None
+    column: pd.Series, section: "TaskSection"
 ) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
     """Return the classes and (N, classes) 0/1 of a column with several labels in each cell."""
-
-    def labels_of(value: object) -> list[str]:
-        if _is_list(value):
-            cell_parts = list(value)  # type: ignore[call-overload]
-        else:  # in a column of lists without a separator, a text is one label
-            cell_parts = [value] if separator is None else str(value).split(separator)
-        label_texts = as_text(pd.Series(cell_parts, dtype=object)).dropna().tolist()
-        # A separator at the end of a cell is no label more.
-        return [text for text in label_texts if text]
-
-    label_sets = column.map(labels_of).tolist()
+    label_sets = [
+        [
+            new_label
+            for label in _labels_of(cell, section.separator)
+            if (new_label := section.relabel.get(label, label)) is not None
+        ]
+        for cell in column
+    ]
     label_names = {label for labels in label_sets for label in labels}
     if len(label_names) < 2:
         raise DataError(
@@ -213,6 +263,17 @@ def _encode_label_sets(
     for row_index, labels in enumerate(label_sets):
         target[row_index, [class_index[label] for label in labels]] = 1
     return classes, target
+
+
+def _labels_of(cell: object, separator: str | None) -> list[str]:
+    """Return the labels of a cell that holds several."""
+    if _is_list(cell):
+        cell_parts = list(cell)  # type: ignore[call-overload]
+    else:  # in a column of lists without a separator, a text is one label
+        cell_parts = [cell] if separator is None else str(cell).split(separator)
+    label_texts = as_text(pd.Series(cell_parts, dtype=object)).dropna().tolist()
+    # A separator at the end of a cell is no label more.
+    return [text for text in label_texts if text]
 
 
 def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Series:
@@ -244,20 +305,33 @@ def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Se
 
 def alike_names(names: Iterable[str], names_of: str) -> list[str]:
     """Return a note on names that differ only in case, blanks, hyphens, accents or zeros."""
-    names_by_folded: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        names_by_folded[_folded(name)].append(name)
-    pair_texts = [
-        " and ".join(map(repr, sorted(alike_group)))
-        for alike_group in names_by_folded.values()
-        if len(alike_group) > 1
-    ]
-    if not pair_texts:
+    if not (alike_groups := _alike_groups(names)):
         return []
+    pair_texts = [" and ".join(map(repr, alike_group)) for alike_group in alike_groups]
     return [
         f"{names_of} that differ in case, blanks, hyphens, accents or zeros alone, and count as "
         f"different: {name_some(pair_texts)}"
     ]
+
+
+def alike_classes(classes: Iterable[str]) -> list[str]:
+    """Return a note on classes with such names, with the recipe's line that makes them one."""
+    class_names = list(classes)
+    if not (alike_groups := _alike_groups(class_names)):
+        return []
+    new_names = {name: names[-1] for names in alike_groups for name in names[:-1]}
+    relabel_text = yaml.safe_dump(
+        new_names, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False
+    ).strip()
+    (note,) = alike_names(class_names, "classes")
+    return [f"{note}. To make them one: task.relabel: {relabel_text}"]
+
+
+def _alike_groups(names: Iterable[str]) -> list[list[str]]:
+    names_by_folded: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        names_by_folded[_folded(name)].append(name)
+    return [sorted(group) for group in names_by_folded.values() if len(group) > 1]
 
 
 def _folded(name: str) -> str:

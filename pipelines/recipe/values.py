@@ -23,6 +23,17 @@ def check_views(value: object) -> object:
     )
 
 
+def as_texts(value: object) -> object:
+    """Return a mapping with its keys and values as text: YAML reads `-1: 0` as numbers. None and
+    whatever is no mapping stay.
+    """
+    if not isinstance(value, dict):
+        return value
+    return {
+        str(key): content if content is None else str(content) for key, content in value.items()
+    }
+
+
 class Section(pydantic.BaseModel):
     """The base class of a recipe's sections: immutable, and unknown keys are errors."""
 

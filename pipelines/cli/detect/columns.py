@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,23 @@ from headrace.cache.count_text import count_text
 from headrace.cache.text import as_numbers, as_text
 from headrace.extract.images.locators import locator_file
 from headrace.extract.sources.formats import IMAGE_SUFFIXES
-from headrace.extract.sources.layout import SPLIT_WORDS
+from headrace.extract.sources.layout import side_of_cell
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.recipe.targets import are_quantities, name_some
 
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
 GROUP_NAMES = (
     *("group", "patient", "patient_id", "subject", "subject_id", "case", "case_id", "lesion_id"),
-    *("slide", "scene", "site", "deployment_id"),
+    *("slide", "slide_id", "scene", "site", "deployment_id", "location", "seq_id"),
 )
-_MIN_GROUPS = 6  # for a test split and five folds
+MIN_GROUPS = 6  # for a test split and five folds
 _FOLD_NAMES = ("fold", "folds", "kfold")
 _TRAIN_WORD = re.compile(r"(?<![a-z])(is)?train(ing)?(?![a-z])", re.IGNORECASE)
 _MAX_SIDES = 5  # different values of a column that may be a split
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
 # Of a table, to count the missing files: all of them would take long on a network disk.
 _PATHS_CHECKED = 100
-_ZEROS, _ONES = ("0", "0.0", "False"), ("1", "1.0", "True")
+_ZEROS, _ONES, _MINUS_ONES = ("0", "0.0", "False"), ("1", "1.0", "True"), ("-1", "-1.0")
 _SEPARATORS = (";", "|", ",", " ")
 
 
@@ -137,9 +138,18 @@ def task_section(
     ]
     free_columns = [name for name in column_names if name not in named_columns]
     target_column = named_target([*column_names, *list_columns])
-    if target_column is None and (target_column := _few_valued(samples, free_columns)):
+    indicators = _indicators(samples, free_columns)
+    # Most of a table's columns, each of which says yes or no, are what it is about.
+    n_filled = sum(samples[name].notna().any() for name in free_columns)
+    if target_column is None and 2 < len(indicators) > n_filled / 2:
+        target_column = indicators[0]
+    if target_column is None and (target_column := nearly_named(samples, free_columns)):
+        task_notes.append(
+            f"{target_column!r} is taken for the label, by its name. For another: task.target"
+        )
+    if target_column is None and (target_column := few_valued(samples, free_columns)):
         other_columns = [
-            name for name in free_columns if name != target_column and _few_valued(samples, [name])
+            name for name in free_columns if name != target_column and few_valued(samples, [name])
         ]
         others_text = f" (others: {name_some(other_columns)})" if other_columns else ""
         task_notes.append(
@@ -154,9 +164,8 @@ def task_section(
             f"{others_text}. For another: task.target"
         )
     task_notes += _shared_epithets(samples, target_column)
-    indicators = [name for name in free_columns if set(as_text(samples[name])) <= {*_ONES, *_ZEROS}]
-    ones = samples[indicators].apply(lambda column: as_text(column).isin(_ONES))
-    is_one_hot = len(indicators) > 1 and bool((ones.sum(axis=1) == 1).all())
+    answers = samples[indicators].apply(as_text).dropna(how="all")
+    is_one_hot = len(indicators) > 1 and bool((answers.isin(_ONES).sum(axis=1) == 1).all())
     # Two columns of 0 and 1 that are not one-hot are rather a label and a flag than two labels, and
     # one alone is a target of two classes.
     if target_column not in indicators or not (is_one_hot or len(indicators) > 2):
@@ -165,6 +174,7 @@ def task_section(
         raise InvalidInput(
             f"{location}: no column looks like a label (2 to 1,000 different values) or like "
             f"numbers to predict. It has: {', '.join(map(str, samples.columns))}"
+            f"{_first_words(samples, free_columns, location)}"
         )
     targets = indicators or [target_column]
     task_lines = f"  target: {yaml_text(target_column)}"
@@ -180,6 +190,9 @@ def task_section(
             f"{count_text(len(indicators), 'column holds', 'columns hold')} 0 and 1 alone "
             f"({name_some(indicators)}) and are taken for {meaning}; for one of them: task.target"
         )
+        relabel_line, relabel_notes = _relabel(samples[indicators])
+        task_lines += relabel_line
+        task_notes += relabel_notes
     elif target_column in list_columns:
         task_lines += "\n  kind: multi                    # several labels in a cell"
     elif are_quantities(samples[target_column]):
@@ -214,6 +227,50 @@ def task_section(
     return task_lines + side_lines, targets, [*task_notes, *side_notes]
 
 
+def _indicators(samples: pd.DataFrame, column_names: Sequence[str]) -> list[str]:
+    """Return the columns that say yes or no: 0 and 1, also with -1 and empty cells beside a 1."""
+    texts_of = {name: as_text(samples[name]) for name in column_names if n_distinct(samples[name])}
+    return [
+        name
+        for name, texts in texts_of.items()
+        if set(texts.dropna()) <= {*_ONES, *_ZEROS, *_MINUS_ONES}
+        and (texts.isin(_ONES).any() or set(texts) <= set(_ZEROS))
+    ]
+
+
+def _relabel(indicators: pd.DataFrame) -> tuple[str, list[str]]:
+    """Return the line of the recipe for values of yes-or-no columns other than 0 and 1, and notes
+    on what they are taken for.
+    """
+    texts = indicators.apply(as_text)
+    relabels, notes = [], []
+    if n_minus := int(texts.isin(_MINUS_ONES).to_numpy().sum()):
+        # CelebA's -1 is a no; beside zeros it is CheXpert's "uncertain".
+        is_no = not texts.isin(_ZEROS).any(axis=None)
+        relabels.append(f"-1: {0 if is_no else 'null'}")
+        cells_text = count_text(n_minus, "cell holds", "cells hold")
+        notes.append(
+            f"{cells_text} -1, which counts as 0 (task.relabel)"
+            if is_no
+            else f"{cells_text} -1 beside 0 and 1, which counts as no value: nothing is trained on "
+            "these rows. To count it as yes or no: task.relabel: {-1: 1} or {-1: 0}"
+        )
+    if n_empty := int(texts.isna().to_numpy().sum()):
+        # A row without any value is one to predict.
+        if not texts.isna().all(axis=1).any():
+            relabels.append('"": 0')
+            notes.append(
+                f"{count_text(n_empty, 'cell is', 'cells are')} empty, which counts as 0 "
+                "(task.relabel)"
+            )
+        else:
+            notes.append(
+                f"{count_text(n_empty, 'cell is', 'cells are')} empty, and nothing is trained on "
+                'these rows: where that means 0, task.relabel: {"": 0}'
+            )
+    return (f"\n  relabel: {{{', '.join(relabels)}}}" if relabels else ""), notes
+
+
 def _split_and_group(
     labelled_samples: pd.DataFrame,
     column_names: Sequence[str],
@@ -227,23 +284,20 @@ def _split_and_group(
     # A split or group with empty cells would leave it open where these rows belong.
     full_columns = [name for name in column_names if is_full(labelled_samples[name])]
     group_column = first_named(GROUP_NAMES, full_columns)
-    split_column = first_named(
-        _SPLIT_NAMES,
-        [
-            name
-            for name in full_columns
-            if set(as_text(labelled_samples[name]).str.lower()) <= set(SPLIT_WORDS)
-        ],
-    )
+    split_columns = [name for name in full_columns if _is_split(labelled_samples[name])]
+    split_column = first_named(_SPLIT_NAMES, split_columns)
+    if split_column is None and len(split_columns) == 1:
+        (split_column,) = split_columns
+        task_notes.append(f"column {split_column!r} is taken for the split (task.split)")
     n_groups = labelled_samples[group_column].nunique() if group_column else 0
     if split_column:
         task_lines += f"\n  split: {yaml_text(split_column)}"
-    if named_columns[0] != split_column:
+    if named_columns[0] and named_columns[0] != split_column:
         task_notes.append(
             f"column {named_columns[0]!r} holds other values than train, validation and test, or "
             "none, and is not taken for a split"
         )
-    if group_column and not split_column and n_groups < _MIN_GROUPS:
+    if group_column and not split_column and n_groups < MIN_GROUPS:
         task_notes.append(
             f"column {group_column!r} has {n_groups} values, too few for a test split and five "
             "folds, and is not taken for groups. Where the images of one are alike: task.group: "
@@ -261,6 +315,14 @@ def _split_and_group(
             f"fill it, and set task.group: {yaml_text(named_columns[1])}"
         )
     return task_lines, task_notes
+
+
+def _is_split(column: "pd.Series[Any]") -> bool:
+    """Return whether a column's values stand for two or three sides of a split."""
+    if (n_values := n_distinct(column)) is None or n_values > _MAX_SIDES:
+        return False
+    sides = {side_of_cell(text, str(column.name)) for text in as_text(column).unique()}
+    return None not in sides and ("train" in sides or column.name in _SPLIT_NAMES)
 
 
 def _unused_splits(samples: pd.DataFrame, column_names: Sequence[str]) -> list[str]:
@@ -358,7 +420,46 @@ def named_target(column_names: Sequence[str]) -> str | None:
     )
 
 
-def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
+def _first_words(samples: pd.DataFrame, column_names: Sequence[str], location: Path) -> str:
+    """Return, in words, how the first word of a column's cells becomes a label, where it recurs
+    (ImageNet's PredictionString: a class and a box); "" elsewhere.
+    """
+    if location.suffix.lower() != ".csv":
+        return ""
+    for name in column_names:
+        if n_distinct(samples[name]) is None:
+            continue
+        cells = as_text(samples[name])
+        first_words = cells.str.partition(" ")[0]
+        if cells.str.contains(" ").any() and few_valued(pd.DataFrame({name: first_words}), [name]):
+            new_path = location.with_name(f"{location.stem}-labels.csv")
+            script = (
+                f"import pandas as p; t = p.read_csv({location.name!r}, dtype=str); "
+                f"t['label'] = t[{name!r}].str.split().str[0]; t.to_csv({new_path.name!r}, "
+                "index=False)"
+            )
+            return (
+                f". If the first word of {name!r} is the label, such as {first_words.iloc[0]!r}, "
+                f'in that folder `python -c "{script}"`, then headrace init '
+                f"{shlex.quote(str(new_path))}"
+            )
+    return ""
+
+
+def nearly_named(samples: pd.DataFrame, column_names: Sequence[str]) -> str | None:
+    """Return the first column with a word for a label in its name, such as `Finding Labels` or
+    `ClassId`, whose values repeat; or None.
+    """
+    for name in column_names:
+        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+        if words & {*_TARGET_NAMES} - {"y"} and samples[name].notna().any():
+            n_values = n_distinct(samples[name])
+            if n_values is None or 2 <= n_values < samples[name].notna().sum():
+                return name
+    return None
+
+
+def few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
     """Return the first column with few enough values to be classes: on average three rows each."""
     for column_name in column_names:
         # Two of two rows are classes too: a table may be a first try with a few images.

@@ -54,12 +54,18 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
         band_counts.add(values.shape[2])
         dtypes.add(values.dtype)
         are_pages |= _are_pages(path, values.shape[2])
-    # No one setting fits images of several kinds.
-    if len(band_counts) != 1 or len(dtypes) != 1 or not n_pixels_of:
+    # No one setting fits images of several types, nor grey ones beside those of bands.
+    if len(dtypes) != 1 or not n_pixels_of or min(band_counts) == 1 < max(band_counts):
         return PixelSettings(notes=_notes_on_pages(paths))
-    (n_bands,), (dtype,) = band_counts, dtypes
+    (dtype,) = dtypes
+    n_bands = min(band_counts)  # which all of them have
     images, notes = "", []
     images_text = count_text(len(paths), "image")
+    if len(band_counts) > 1:
+        notes.append(
+            f"some images have {n_bands} bands and some {max(band_counts)}: the first {n_bands} "
+            "alone are read, which all have. Look whether these are the same in all of them"
+        )
     if dtype != np.uint8:
         marker = _far_value(n_pixels_of)
         numbers = [value for value in n_pixels_of if value != marker]
@@ -82,7 +88,7 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
                 "the mean of their band"
             )
     backbone = ""
-    if n_bands not in (1, 3) or are_pages:
+    if n_bands not in (1, 3) or are_pages or len(band_counts) > 1:
         band_numbers = list(range(1, min(n_bands, _MAX_BANDS) + 1))
         backbone = (
             f"    bands: {band_numbers}      # of the files, counted from 1; red, green and blue "

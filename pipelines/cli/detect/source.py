@@ -4,18 +4,22 @@ import contextlib
 import os
 import re
 import shlex
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from PIL import UnidentifiedImageError
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
-from headrace.extract.errors import as_yaml_list
+from headrace.cache.text import as_text, normalize_text
+from headrace.extract.errors import SourceError, as_yaml_list
 from headrace.extract.images.decoding import has_deep_pixels
-from headrace.extract.images.locators import locator_file, read_bytes
+from headrace.extract.images.locators import is_locator, locator_file, read_bytes
 from headrace.extract.images.opening import decoding_reason, open_image
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
 from headrace.extract.sources.folder import has_images, is_hidden
@@ -28,19 +32,34 @@ from headrace.extract.sources.formats import (
     is_archive,
 )
 from headrace.extract.sources.image_column import are_files, find_image_column, spaced_texts
-from headrace.extract.sources.layout import SPLIT_WORDS, Layout, split_side_in
-from headrace.extract.sources.listing import Listing
+from headrace.extract.sources.layout import (
+    SPLIT_WORDS,
+    Layout,
+    side_of_cell,
+    sides_of_folders,
+    split_side_in,
+    split_sides,
+)
+from headrace.extract.sources.listing import (
+    Listing,
+    is_image_folder,
+    mask_patterns,
+    notes_on_masks,
+)
 from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.source import ImageSource
-from headrace.extract.sources.table import read_table_file
+from headrace.extract.sources.table import Table, read_table_file
 from headrace.extract.sources.tabular import is_table, table_files
 from headrace.pipelines.cli.detect.band_files import find_band_files
 from headrace.pipelines.cli.detect.columns import (
     GROUP_NAMES,
+    MIN_GROUPS,
+    few_valued,
     first_named,
     is_full,
     n_distinct,
     named_target,
+    nearly_named,
     table_doubts,
     targets_text,
     task_section,
@@ -50,7 +69,7 @@ from headrace.pipelines.cli.detect.pixels import detect_pixels
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.predict.tables import is_predictions
 from headrace.pipelines.predict.units import is_unit_table
-from headrace.pipelines.recipe.targets import name_some
+from headrace.pipelines.recipe.targets import alike_classes, name_some
 from headrace.pipelines.selection.cautions import near_copies
 
 # Names of numbered folders that hold parts of one set; those of others may be classes.
@@ -59,6 +78,14 @@ _PART_OF_SET = (
 )
 _CLASS_AND_NUMBER = r"(?P<label>[^/]*[^-/_. \d])[-_. ]*\d+\.\w+$"
 _MAX_CLASSES_NAMED = 8  # in a message
+_MAX_NAME_PARTS = 8  # that a proposed pattern names
+# Words before a number, in paths, of what several images may be of.
+_PATIENT = re.compile(
+    r"(?<![a-z])(?P<word>patient|subject|case|slide|person)[-_ ]?[0-9]", re.IGNORECASE
+)
+_FOLDER_PATTERN = "}/*"  # ends the pattern of a table with a row for each folder
+_MOST = 0.9  # of the names, which are alike
+_MAX_ROOTS_TRIED = 50  # folders beside a table: of many, none is the one of all images
 _N_IMAGES_OPENED = 60  # spread over the listing, to see whether some have more than 8 bits
 _N_IMAGES_DECODED = 8  # spread over the listing, to measure their bands and values
 
@@ -73,19 +100,30 @@ class Finding:
     notes: tuple[str, ...] = ()  # what was assumed, and what is left out
     backbone: str = ""  # lines for a backbone
     examples: tuple[str, ...] = ()  # paths of some images, to look at their pixels
+    class_names: tuple[str, ...] = ()  # of one target with a class for each image
 
 
 def detect_recipe(
-    location: Path, recipe_folder: Path, *, layout: Layout = "auto", exclude: tuple[str, ...] = ()
+    location: Path,
+    recipe_folder: Path,
+    *,
+    layout: Layout = "auto",
+    exclude: tuple[str, ...] = (),
+    name_pattern: str | None = None,
 ) -> Finding:
     """Return the recipe's lines for the images at `location`, with paths relative to
     `recipe_folder`.
 
-    layout, exclude: as in the recipe's section `images`, and written there. Raises InvalidInput
-    when there is nothing to train on, SourceError for a file that cannot be read.
+    layout, exclude, name_pattern: as in the recipe's section `images`, and written there.
+
+    Raises InvalidInput when there is nothing to train on, SourceError for a file that cannot be
+    read.
     """
     source = detect_source(location, layout=layout, exclude=exclude)
-    finding = _detect(location, source, recipe_folder)
+    if name_pattern is None:
+        finding = _detect(location, source, recipe_folder)
+    else:
+        finding = _detect_names(location, replace(source, name_pattern=name_pattern), recipe_folder)
     pixels = detect_pixels(finding.examples)
     option_lines = pixels.images
     option_lines += f"  layout: {layout}\n" if layout != "auto" else ""
@@ -135,15 +173,31 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
                 # lists no images is a read-me and needs no message.
                 if table.suffix.lower() not in MAYBE_TABLES or _lists_images(table):
                     refusal_texts.append(str(refusal))
+    with_files = {
+        table: finding for table, finding in table_findings.items() if _has_files(finding)
+    }
+    # A table of names for classes (`{"0": "cat"}`) leads to no file, as the images' own does.
+    name_tables = [table for table in tables if table not in (*with_files, *prediction_tables)]
     prediction_notes = [
         f"{path.name} is a table of predictions and was not read" for path in prediction_tables
     ]
     try:
         finding = _detect_class_folders(folder, source, recipe_folder)
     except HeadraceError as error:
+        table_findings = with_files or table_findings
+        if len(table_findings) > 1 and (pattern := _pattern_of_sides(list(table_findings))):
+            table_findings = {
+                pattern: _detect_table(
+                    pattern, replace(source, kind="table", location=pattern), recipe_folder
+                )
+            }
         if len(table_findings) == 1:
-            (table_finding,) = table_findings.values()
-            return replace(table_finding, notes=(*table_finding.notes, *prediction_notes))
+            ((table, table_finding),) = table_findings.items()
+            table_finding = _with_class_names(table_finding, name_tables)
+            table_notes = _table_notes(folder, (), table, table_finding)
+            return replace(
+                table_finding, notes=(*table_finding.notes, *table_notes, *prediction_notes)
+            )
         if table_findings:
             table_names = ", ".join(path.name for path in table_findings)
             raise InvalidInput(
@@ -169,17 +223,63 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
         if not refusal_texts:
             raise
         raise InvalidInput("\n".join([str(error), *refusal_texts])) from None
-    table, table_finding = next(iter(table_findings.items()), (folder, finding))
-    if len(table_findings) == 1 and (parts_text := _parts_text(folder, table, table_finding)):
-        table_note = f"{table.name} names the images and their labels; the sub-folders {parts_text}"
-        return replace(table_finding, notes=(*table_finding.notes, table_note, *prediction_notes))
-    if table_findings:
-        table_names = ", ".join(path.name for path in table_findings)
+    table, table_finding = next(iter(with_files.items()), (folder, finding))
+    table_notes = _table_notes(folder, finding.class_names, table, table_finding)
+    if len(with_files) == 1 and table_notes:
+        table_finding = _with_class_names(table_finding, name_tables)
+        return replace(table_finding, notes=(*table_finding.notes, *table_notes, *prediction_notes))
+    class_finding = _with_class_names(finding, name_tables)
+    other_tables = with_files or (table_findings if class_finding is finding else {})
+    if other_tables:
+        table_names = ", ".join(path.name for path in other_tables)
         prediction_notes.append(
             f"the sub-folders are taken for the classes. {table_names} could name the images and "
-            f"their labels, too: for that, {_init_command(next(iter(table_findings)))}"
+            f"their labels, too: for that, {_init_command(next(iter(other_tables)))}"
         )
-    return replace(finding, notes=(*finding.notes, *prediction_notes))
+    return replace(class_finding, notes=(*class_finding.notes, *prediction_notes))
+
+
+def _pattern_of_sides(tables: Sequence[Path]) -> Path | None:
+    """Return the pattern that fits the tables and no other file, if each is a side of a split by
+    its name (`Train.csv`, `Test.csv`); else None.
+    """
+    names = [table.name for table in tables]
+    suffixes = {table.suffix for table in tables}
+    if len(suffixes) > 1 or split_sides(names) is None:
+        return None
+    common = os.path.commonprefix(names)  # noqa: RUF071 - letters of names, not parts of paths
+    pattern = f"{common}*{suffixes.pop()}"
+    return tables[0].with_name(pattern) if {*tables[0].parent.glob(pattern)} == {*tables} else None
+
+
+def _with_class_names(finding: Finding, name_tables: Sequence[Path]) -> Finding:
+    """Return the finding with the names of its classes, where a table without images says them
+    (`cat_to_name.json`: {"1": "pink primrose", …}).
+    """
+    for table in name_tables:
+        frame = pd.DataFrame()
+        with contextlib.suppress(SourceError):
+            frame = read_table_file(table).frame
+        if len(frame.columns) != 2 or "relabel" in finding.task:
+            continue
+        name_of_class = dict(zip(as_text(frame.iloc[:, 0]), as_text(frame.iloc[:, 1]), strict=True))
+        if finding.class_names and {*finding.class_names} <= {*name_of_class}:
+            relabel = {name: name_of_class[name] for name in finding.class_names}
+            relabel_text = yaml.safe_dump(
+                relabel, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False
+            ).strip()
+            return replace(
+                finding,
+                task=f"{finding.task}\n  relabel: {relabel_text}",
+                notes=(*finding.notes, f"{table.name} names the classes (task.relabel)"),
+            )
+    return finding
+
+
+def _has_files(table_finding: Finding) -> bool:
+    return any(
+        is_locator(path) or Path(locator_file(path)).is_file() for path in table_finding.examples
+    )
 
 
 def _lists_images(text_file: Path) -> bool:
@@ -189,21 +289,41 @@ def _lists_images(text_file: Path) -> bool:
     return Path(words[0]).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _parts_text(folder: Path, table: Path, table_finding: Finding) -> str | None:
+def _table_notes(
+    folder: Path, class_folders: Sequence[str], table: Path, table_finding: Finding
+) -> list[str]:
+    """Return a note if the sub-folders beside a table are no classes."""
+    if not table.is_file():  # a pattern of tables, or none
+        return []
+    parts_text = _parts_text(folder, class_folders, table, table_finding)
+    note = f"{table.name} names the images and their labels; the sub-folders {parts_text}"
+    return [] if parts_text is None else [note]
+
+
+def _parts_text(
+    folder: Path, class_folders: Sequence[str], table: Path, table_finding: Finding
+) -> str | None:
     """Return what the sub-folders are if they are no classes, by their names and the table beside
     them.
 
     They are sides of a split where all are named like `train_images`, as in Kaggle's competitions
     (not if one is called just `train` or `test`: then the classes are expected in it), or numbered
     parts of one set, such as `images_001`, where the table names files that are there. `grade1` and
-    `grade2` are classes, unless the table has a column that is named like a label.
+    `grade2` are classes, unless the table has a column that is named like a label. Folders of
+    patients are none, nor are folders that the table has a row for.
+    class_folders: names of the folders that would be the classes.
     """
     names = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
-    if all(split_side_in(name) and name.lower() not in SPLIT_WORDS for name in names):
+    if names and all(split_side_in(name) and name.lower() not in SPLIT_WORDS for name in names):
         return "are sides of a split"
+    if _has_files(table_finding) and _FOLDER_PATTERN in table_finding.images:
+        return "are those of its rows"
+    names = list(class_folders) or names
     stems = {name.rstrip("0123456789") for name in names}
     if len(names) < 2 or len(stems) > 1 or not (stem := stems.pop()):
         return None
+    if _has_files(table_finding) and first_named(GROUP_NAMES, [stem]):
+        return f"are those of its {stem.strip(' -_')}s"
     # A file of one name in several parts is none of them in particular.
     if not any(Path(locator_file(path)).is_file() for path in table_finding.examples):
         return None
@@ -228,8 +348,15 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
     # Before names are taken for classes: those of bands would be.
     if band_files is not None and band_files.lacks_classes:
         raise InvalidInput(f"{folder}: {band_files.message(folder)}")
-    if len(class_counts) < 2 and (by_names := _classes_by_names(folder, listing, recipe_folder)):
+    # Names in several folders may say less than the folders do.
+    is_flat = samples["id"].str.rpartition("/")[0].nunique() < 2
+    if is_flat and (by_names := _classes_by_names(folder, listing, recipe_folder)):
         return by_names
+    if _are_shards(samples["id"]):
+        raise InvalidInput(
+            f"{folder}: the folders are named for the first letters of the files in them, and are "
+            "no classes. Give a table of the images and their labels"
+        )
     if len(class_counts) < 2:
         found_text, hint_text = "images, but no sub-folder for a class", ""
         if len(class_counts):
@@ -241,45 +368,94 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
                 hint_text = (
                     f". If the folders in it are the classes, try: {_init_command(class_folder)}"
                 )
+        elif (pattern := _names_in_parts(samples["id"])) is not None:
+            hint_text = (
+                ". If their names say it, name the parts that matter, one of them label: "
+                f"{_init_command(folder)} --name-pattern {shlex.quote(pattern)}"
+            )
         raise InvalidInput(
             f"{folder}: found {found_text} ({count_text(len(samples), 'image')}). A classifier "
             "needs two classes or more: one sub-folder each, or a CSV with the columns path and "
             f"label{hint_text}"
             + "".join(f". Left out: {left_out}" for left_out in listing.left_out[:3])
         )
+    _refuse_masks_as_classes(folder, samples)
     smallest, largest = class_counts.min(), class_counts.max()
     sizes_text = f"{largest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
     sentence = (
         f"{count_text(len(samples), 'image')} in {_named_classes(class_counts)}, {sizes_text} each"
     )
     layout_text, task_lines = "one sub-folder per class", "the name of the sub-folder"
+    split_notes: list[str] = []
     if "split" in samples:
         layout_text = "train, val or test, and in it one sub-folder per class"
-        task_lines = (
-            "the name of the inner folder\n"
-            "  split: split                  # the names of the outer folders"
-        )
+        task_lines = "the name of the inner folder"
         sentence += f"; {_split_sizes(samples['split'])}"
+        is_train = samples["split"].map(lambda side: side_of_cell(str(side), "split")) == "train"
+        if samples["label"][is_train].nunique() < 2 and is_train.any():
+            # As for the detection of anomalies, whose training images are all good.
+            split_notes.append(
+                "the images of train are of one class, which teaches no difference: a split of all "
+                "images is drawn instead"
+            )
+        else:
+            task_lines += "\n  split: split                  # the names of the outer folders"
+    # A split of the user's own may divide patients.
+    names_of_patients = samples["id"] if "split" not in samples else samples["id"].iloc[:0]
+    name_lines, group_line, name_notes = _patients_in_names(names_of_patients)
     return Finding(
-        images=f"  folder: {_path_text(folder, recipe_folder)}      # {layout_text}\n",
-        task=f"  target: label                  # {task_lines}",
+        images=f"  folder: {_path_text(folder, recipe_folder)}      # {layout_text}\n{name_lines}",
+        task=f"  target: label                  # {task_lines}{group_line}",
         sentence=sentence,
         notes=(
-            *_inner_folders(samples["id"], depth=int("split" in samples)),
+            *alike_classes(class_counts.index),
+            *split_notes,
+            *name_notes,
+            *_inner_folders(folder, samples),
             *([] if band_files is None else [band_files.message(folder)]),
             *_listing_notes(listing),
         ),
         examples=_examples(samples),
+        class_names=tuple(map(str, class_counts.index)),
     )
 
 
-def _inner_folders(image_ids: "pd.Series[Any]", depth: int) -> list[str]:
+def _are_shards(image_ids: "pd.Series[Any]") -> bool:
+    """Return whether two levels of folders or more spell how the files in them begin, as
+    `0/a/0af3.jpg` does: a way to store many files.
+    """
+    folders_of_file = image_ids.str.split("/").str[:-1]
+    lengths = folders_of_file.map(lambda folders: sum(len(name) < 3 for name in folders))
+    prefixes = folders_of_file.map(lambda folders: "".join(n for n in folders if len(n) < 3))
+    names = image_ids.str.rpartition("/")[2]
+    return bool(
+        lengths.min() > 1
+        and all(name.startswith(prefix) for name, prefix in zip(names, prefixes, strict=True))
+    )
+
+
+def _refuse_masks_as_classes(folder: Path, samples: pd.DataFrame) -> None:
+    """Raise InvalidInput if one class alone would be left without the images named like masks."""
+    mask_ids = mask_patterns(samples["id"])
+    if not mask_ids or samples["label"][~samples["id"].isin(mask_ids)].nunique() > 1:
+        return
+    (note,) = notes_on_masks(samples["id"])
+    labels = samples["label"][~samples["id"].isin(mask_ids)].dropna().unique()
+    images_text = "" if len(labels) != 1 else f", or {_init_command(folder / labels[0])}"
+    raise InvalidInput(f"{folder}: {note}{images_text}")
+
+
+def _inner_folders(folder: Path, samples: pd.DataFrame) -> list[str]:
     """Return a note if all images lie in folders below those that are taken for the classes.
 
     Those may be the classes, and the outer ones patients (or organs, or days), of which one folder
-    of each holds every class. depth: 1 if the classes' folders lie in sides of a split.
+    of each holds every class.
     """
-    folders_of_image = [image_id.split("/")[depth:-1] for image_id in image_ids]
+    labelled = samples[samples["label"].notna()]
+    # The level of the classes' folders: they may lie in sides of a split.
+    first_folders = [normalize_text(name) for name in labelled["id"].iloc[0].split("/")[:-1]]
+    depth = first_folders.index(labelled["label"].iloc[0], int("split" in samples))
+    folders_of_image = [image_id.split("/")[depth:-1] for image_id in labelled["id"]]
     n_levels = min(map(len, folders_of_image))
     for level in range(1, n_levels):
         outer_of_inner: dict[str, set[str]] = {}
@@ -287,10 +463,19 @@ def _inner_folders(image_ids: "pd.Series[Any]", depth: int) -> list[str]:
             outer_of_inner.setdefault(folders[level], set()).add(folders[0])
         if len(outer_of_inner) < 2:
             continue  # BreakHis: benign/SOB/adenosis
+        if sides := sides_of_folders(outer_of_inner):
+            # MVTec AD: bottle/train/good, cable/train/good
+            one_set = folder / folders_of_image[0][0]
+            return [
+                f"the folders in them are named for sides of a split ({name_some(sorted(sides))}), "
+                f"so that each of the classes may be a set of its own: {_init_command(one_set)}"
+            ]
         if 2 * len(outer_of_inner) > len(folders_of_image):
             continue  # a folder for each image
         recur = all(len(outer_names) > 1 for outer_names in outer_of_inner.values())
-        split, between = "(?P<split>[^/]+)/" * depth, "[^/]+/" * (level - 1)
+        split, between = "[^/]+/" * depth, "[^/]+/" * (level - 1)
+        if depth:
+            split = split.replace("[^/]+", "(?P<split>[^/]+)", 1)
         group_text = ", and the outer ones groups: task.group: group"
         if not recur:
             # Those of patients lie in one class each too.
@@ -330,6 +515,80 @@ def _classes_by_names(folder: Path, listing: Listing, recipe_folder: Path) -> Fi
         ),
         examples=_examples(listing.samples),
     )
+
+
+def _detect_names(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
+    """Return the lines for a folder of images whose names say what `source.name_pattern` names."""
+    name_pattern = source.name_pattern
+    assert name_pattern is not None
+    if source.kind != "folder":
+        raise InvalidInput(
+            f"{folder}: --name-pattern is for the names of images in a folder; a {source.kind} has "
+            "columns of its own. Leave it out"
+        )
+    try:
+        group_names = list(re.compile(name_pattern).groupindex)
+    except re.error as error:
+        raise InvalidInput(f"--name-pattern {name_pattern!r}: {error}") from None
+    if not group_names or {"id", "path"} & set(group_names):
+        raise InvalidInput(
+            f"--name-pattern {name_pattern!r}: expected named groups, which become columns (not id "
+            "or path), such as '(?P<label>[a-z]+)_[0-9]+'"
+        )
+    listing = read_source(source)
+    samples = listing.samples
+    columns = [
+        str(name) for name in samples if name not in ("id", "path") and samples[name].notna().any()
+    ]
+    task_lines, targets, task_notes = task_section(samples, columns, folder)
+    return Finding(
+        images=f"  folder: {_path_text(folder, recipe_folder)}\n"
+        f"  name_pattern: {yaml_text(name_pattern)}      # named groups are columns\n",
+        task=task_lines,
+        sentence=f"{count_text(len(samples), 'image')}, {targets_text(samples, targets)}",
+        notes=(*task_notes, *_listing_notes(listing)),
+        examples=_examples(samples),
+    )
+
+
+def _patients_in_names(image_ids: "pd.Series[Any]") -> tuple[str, str, list[str]]:
+    """Return the recipe's lines for the images and the task, and a note, where the images' paths
+    name patients, or the like, such as `patient00012/study1/view1.jpg`; else nothing.
+    """
+    first_match = _PATIENT.search(next(iter(image_ids), ""))
+    if first_match is None:
+        return "", "", []
+    word = first_match["word"]
+    pattern = f"(?<![A-Za-z])(?P<{word.lower()}>{word}[-_ ]?[0-9]+)"
+    groups = image_ids.str.extract(pattern, expand=False)
+    if groups.isna().any() or not MIN_GROUPS <= groups.nunique() < len(groups):
+        return "", "", []
+    return (
+        f"  name_pattern: {yaml_text(pattern)}      # of the paths; named groups are columns\n",
+        f"\n  group: {word.lower()}",
+        [
+            f"the paths name {groups.nunique():,} {word.lower()}s, such as {groups.iloc[0]}, whose "
+            "images stay on one side of every split (images.name_pattern, task.group)"
+        ],
+    )
+
+
+def _names_in_parts(image_ids: "pd.Series[Any]") -> str | None:
+    """Return a pattern with a group for each part of the images' names, where nearly all have as
+    many parts, of which one or more recur (UTKFace: age, gender, race, date); None elsewhere.
+    """
+    for separator in ("_", "-"):
+        stems = (image_id.rpartition("/")[2].partition(".")[0] for image_id in image_ids)
+        names = [stem.split(separator) for stem in stems]
+        ((n_parts, n_alike),) = Counter(map(len, names)).most_common(1)
+        if not 2 <= n_parts <= _MAX_NAME_PARTS or n_alike < _MOST * len(names):
+            continue
+        whole = [parts for parts in names if len(parts) == n_parts]
+        n_values = [len(set(values)) for values in zip(*whole, strict=True)]
+        if any(2 <= count <= len(whole) / 3 for count in n_values):
+            groups = (f"(?P<part{n + 1}>[^/{separator}.]+)" for n in range(n_parts))
+            return f"(^|/){separator.join(groups)}[.][^/]*$"
+    return None
 
 
 def _detect_archives(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
@@ -398,21 +657,18 @@ def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> F
             )
     listing = read_source(source)
     samples = listing.samples
-    label_columns = [
-        str(column) for column in samples if column not in ("id", "path", "split", "label")
-    ] or ["label"]
-    if samples[label_columns].isna().all(axis=None):
+    column_names = [
+        str(name) for name in samples if name not in ("id", "path") and samples[name].notna().any()
+    ]
+    if not set(column_names) - {"split"}:
         raise InvalidInput(
             f"{location}: {count_text(len(samples), 'image')}, and no labels beside them. Write "
             "the recipe by hand, with\n"
             f"images:\n{image_lines}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per "
             "image"
         )
-    split_columns = ["split"] if "split" in samples else []
-    task_lines, targets, task_notes = task_section(
-        samples, [*label_columns, *split_columns], location
-    )
-    split_text = f"; {_split_sizes(samples['split'])}" if split_columns else ""
+    task_lines, targets, task_notes = task_section(samples, column_names, location)
+    split_text = f"; {_split_sizes(samples['split'])}" if "split" in samples else ""
     return Finding(
         image_lines,
         task_lines,
@@ -434,7 +690,7 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
     path_source, is_pattern = find_image_column(table_data, table_file, table_file.parent)
     root_line = "  # root: images      # what relative paths start from\n"
     if not is_pattern and path_source in table_data.frame:
-        root = _root_above(table_data.frame[path_source], table_file.parent)
+        root = _root_elsewhere(table_data.frame[path_source], table_file.parent)
         if root is not None:
             source = replace(source, root=root)
             root_line = (
@@ -453,7 +709,10 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
     else:
         image_lines += f"  path_column: {yaml_text(path_source)}\n"
         source = replace(source, path_column=path_source)
-    listing = read_source(source)
+    try:
+        listing = read_source(source)
+    except SourceError as error:
+        raise SourceError(f"{error}{_join_labels(table_file, table_data, path_source)}") from None
     samples = listing.samples
     table_columns = table_data.frame.columns
     # the reader's own name for a column `id` that repeats, as patients' do
@@ -468,25 +727,89 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
         and n_distinct(samples[column]) is not None  # None: cells are lists
     ]
     task_lines, targets, task_notes = task_section(samples, other_columns, table)
+    if "\n  group:" not in task_lines and "\n  split:" not in task_lines:
+        name_lines, group_line, name_notes = _patients_in_names(samples["id"])
+        image_lines += name_lines
+        task_lines += group_line
+        task_notes += name_notes
+    if is_pattern and path_source.endswith(_FOLDER_PATTERN):
+        # Images of one slide or patient are alike.
+        folder_column = path_source.removesuffix(_FOLDER_PATTERN).rpartition("{")[2]
+        if folder_column in ("id", "path"):  # the samples' own
+            folder_column = "folder"
+        n_folders = samples[folder_column].nunique()
+        if len(targets) == 1 and n_distinct(samples[targets[0]]) == n_folders:
+            raise InvalidInput(
+                f"{table}: each of its {count_text(n_folders, 'row')} is a folder of images with a "
+                "label of its own: the folders are the classes, and it says their names"
+            )
+        if "\n  group:" not in task_lines and n_folders >= MIN_GROUPS:
+            task_lines += f"\n  group: {yaml_text(folder_column)}"
+        task_notes.append(
+            f"{folder_column!r} names folders, and each image in them has the row's label. To "
+            f"score each folder by all of its images: task.unit: {yaml_text(folder_column)}"
+        )
+    has_label = samples[targets].notna().all(axis=1) | ('"": 0' in task_lines)
     return Finding(
         images=image_lines + root_line,
         task=task_lines,
         sentence=(
             f"{count_text(len(samples), 'image')} in {table.name}, {targets_text(samples, targets)}"
-            + table_doubts(samples["path"], samples[targets[0]], table_file)
+            + table_doubts(samples["path"], has_label.where(has_label), table_file)
         ),
         notes=(*pattern_notes, *task_notes, *_listing_notes(listing)),
         examples=_examples(samples),
+        class_names=(
+            () if "kind:" in task_lines else tuple(as_text(samples[targets[0]]).dropna().unique())
+        ),
     )
 
 
-def _root_above(names: "pd.Series[Any]", folder: Path) -> Path | None:
-    """Return the folder above the table's that its paths start from, where they lead to no files
-    from the table's own: they name that folder too.
+def _join_labels(table_file: Path, table_data: Table, path_column: str) -> str:
+    """Return, in words, the commands that join the rows of one image to one; "" for tables without
+    such rows.
     """
-    roots = [folder, *folder.absolute().parents[:2]]
-    root = next((root for root in roots if are_files(root, spaced_texts(names))), folder)
-    return None if root == folder else root
+    frame = table_data.frame
+    if table_file.suffix.lower() != ".csv" or path_column not in frame:
+        return ""
+    columns = [str(name) for name in frame if name != path_column]
+    label = named_target(columns) or nearly_named(frame, columns) or few_valued(frame, columns)
+    if label is None or not frame[path_column].duplicated().any():
+        return ""
+    new_path = table_file.with_name(f"{table_file.stem}-joined.csv")
+
+    def command(join: str) -> str:
+        return (
+            f'`python -c "import pandas as p; g = p.read_csv({str(table_file)!r}, dtype=str)'
+            f".groupby({path_column!r}); t = g.first(); t[{label!r}] = g[{label!r}].agg(lambda s: "
+            f'{join}); t.to_csv({str(new_path)!r})"`'
+        )
+
+    joined = command("';'.join(sorted(set(s.dropna())))")
+    return (
+        f" To have all values of {label!r} of an image in one cell, {joined}; or the commonest "
+        f"one, {command('s.mode()[0]')}. Then {_init_command(new_path)}"
+    )
+
+
+def _root_elsewhere(names: "pd.Series[Any]", folder: Path) -> Path | None:
+    """Return the folder that a table's paths start from, where they lead to no files from the
+    table's own: above it, as they name that folder too, or one that they do not name, in it or
+    beside it.
+    """
+    paths = spaced_texts(names).str.lstrip("/")
+    if are_files(folder, spaced_texts(names)) or are_files(folder, paths):
+        return None
+    inner_folders = [path for path in sorted(folder.glob("*/")) if not is_hidden(path.name)]
+    siblings = [path for path in folder.absolute().parent.glob("*/") if is_image_folder(path.name)]
+    above = (root for root in folder.absolute().parents[:2] if are_files(root, paths))
+    if (root := next(above, None)) is not None:
+        return root
+    # Of names without a folder, several may have one.
+    paths = paths[paths.str.contains("/")]
+    others = [*inner_folders[:_MAX_ROOTS_TRIED], *siblings]
+    roots = [root for root in others if are_files(root, paths)]
+    return roots[0] if len(roots) == 1 else None
 
 
 def _examples(samples: pd.DataFrame) -> tuple[str, ...]:

@@ -632,9 +632,12 @@ def test_ids_without_an_ending(tmp_path):
     assert explicit.samples["path"].tolist() == [str(tmp_path / "train/0001.jpg")]
     for number in range(4):
         write(tmp_path / f"masks/000{number}.png", png(number))
+    listing = read_text(tmp_path, "id,breed\n0001,x\n0002,y\n")
+    assert listing.samples["path"].tolist() == [str(tmp_path / f"train/000{n}.jpg") for n in (1, 2)]
+    (tmp_path / "masks").rename(tmp_path / "small")
     with pytest.raises(
         SourceError,
-        match=r"could name the images (masks/\{id\}.png or train|train/\{id\}.jpg or masks)",
+        match=r"could name the images (small/\{id\}.png or train|train/\{id\}.jpg or small)",
     ):
         read_text(tmp_path, "id,breed\n0001,x\n0002,y\n")
     with pytest.raises(SourceError, match=r"has no column 'cod'.*The columns are: code, breed"):

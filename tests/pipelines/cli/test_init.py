@@ -300,6 +300,7 @@ def test_a_table_without_a_single_file_says_what_to_write(tmp_path, photos):
     frame = rows(path=[str(path.relative_to(photos)) for path in sorted(photos.rglob("*.png"))])
     (tmp_path / "tables").mkdir()
     frame.to_csv(tmp_path / "tables" / "t.csv", index=False)
+    photos.rename(tmp_path / "elsewhere")
     recipe_path = tmp_path / "tables" / "r.yaml"
     said = write_recipe(tmp_path / "tables" / "t.csv", recipe_path).sentence
     told = re.search(
@@ -307,7 +308,7 @@ def test_a_table_without_a_single_file_says_what_to_write(tmp_path, photos):
     )
     text = recipe_path.read_text()
     assert text.count(told[2]) == 1
-    recipe_path.write_text(text.replace(told[2], f"{told[1]}../photos  #"))
+    recipe_path.write_text(text.replace(told[2], f"{told[1]}../elsewhere  #"))
     paths = list_samples(load_recipe(recipe_path))["path"]
     assert [Path(path).is_file() for path in paths] == [True] * 6
     rows(path=[f"/scans/{n}.png" for n in range(6)]).to_csv(tmp_path / "t.csv", index=False)
@@ -575,11 +576,11 @@ def test_masks_beside_the_images_are_told(tmp_path):
 def test_folders_of_masks_are_told(tmp_path):
     """They would be a class; `mask` beside `no_mask` is one."""
     save_images(tmp_path / "x", "images/1.png", "images/2.png", "masks/1.png", "masks/2.png")
-    (note,) = (note for note in detect_recipe(tmp_path / "x", tmp_path).notes if "mask" in note)
-    assert note.startswith(
-        "2 images are named like masks of those beside them, such as masks/1.png"
-    )
-    assert "--exclude masks)" in note
+    with pytest.raises(
+        InvalidInput,
+        match=r"2 images are named like masks .*, such as masks/1.png.*--exclude masks\)",
+    ):
+        detect_recipe(tmp_path / "x", tmp_path)
     (note,) = notes_on_masks(["a/images/1.png", "a/masks/1.png", "b/images/1.png", "b/gt/1.png"])
     assert "images.exclude: ['*/gt', '*/masks']" in note
     assert not notes_on_masks(["mask/1.png", "no_mask/1.png"])
@@ -621,8 +622,8 @@ def test_of_several_arrays_the_one_named_like_labels_has_them(tmp_path):
 @pytest.mark.parametrize(
     ("column", "cells", "told"),
     [
-        ("Usage", ["Training"] * 4 + ["PublicTest"] * 2, "task.split: Usage"),
-        ("is_train", [1, 1, 1, 1, 0, 0], "task.split: is_train"),
+        ("Usage", ["Training"] * 4 + ["Public"] * 2, "task.split: Usage"),
+        ("training", [1, 1, 1, 1, 0, 0], "task.split: training"),
         ("kfold", [0, 1, 2, 0, 1, 2], "task.fold: kfold"),
         ("strain", ["a", "b"] * 3, None),
         ("vehicle", ["bus", "car"] * 3, None),

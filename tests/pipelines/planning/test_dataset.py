@@ -569,3 +569,74 @@ def test_one_group_is_not_told_to_make_one_fold():
     frame = table(80, site=["a"] * 40 + ["b"] * 40)
     with pytest.raises(BadSplit, match=r"^1 group cannot make 5 folds: name a finer group column"):
         dataset(frame, group="site")
+
+
+def test_values_count_as_what_relabel_says():
+    """CheXpert's: an empty cell is a no, and -1 is uncertain, so that its row has no value."""
+    cells = ["1.0", "-1.0", "", "0.0"] * 20
+    frame = table(edema=cells, mass=["1.0", "0.0", "", ""] * 20)
+    with pytest.raises(DataError, match=r"found -1\. .*task.relabel: \{-1: 0\}"):
+        dataset(frame, target=["edema", "mass"], kind="multi")
+    section = yaml.safe_load('{target: [edema, mass], kind: multi, relabel: {"": 0, -1: null}}')
+    made = dataset(frame, **section)
+    assert len(made.train.ids) + len(made.test.ids) == 60
+    assert sorted(map(tuple, np.unique(made.train.target, axis=0))) == [(0, 0), (1, 1)]
+    assert len(made.unlabelled.ids) == 20
+    section["relabel"][-1] = 1
+    made = dataset(frame, **section)
+    target_of = dict(zip(made.train.ids, made.train.target.tolist(), strict=True))
+    assert all(target_of.get(name, [1, 0]) == [1, 0] for name in frame["id"][1::4])
+    assert not len(made.unlabelled.ids)
+
+
+def test_rows_with_some_labels_are_told():
+    """Of them nothing is learned, and most of CheXpert's are so."""
+    frame = table(edema=["1", "0"] * 40, mass=["1", ""] * 40)
+    (note,) = (
+        note
+        for note in dataset(frame, target=["edema", "mass"], kind="regression").notes
+        if "predicted in the end" in note
+    )
+    assert "40 of them have values in some of these columns" in note
+    assert 'task.relabel: {"": 0}' in note
+
+
+def test_classes_are_merged_named_and_left_out_by_relabel():
+    frame = table(classes=("Cat", "cat", "dog", "unsure"))
+    relabel = {"cat": "Cat", "unsure": None, "cow": "ox"}
+    made = dataset(frame, relabel=relabel)
+    assert made.train.classes == ("Cat", "dog")
+    assert np.bincount(made.train.target).tolist() == [30, 15]
+    assert "task.relabel: no image has 'cow', for which it gives another value" in made.notes
+    (note,) = (note for note in dataset(frame).notes if "count as different" in note)
+    assert dataset(frame, **yaml.safe_load(note.partition("task.")[2])).train.classes == (
+        *("cat", "dog", "unsure"),
+    )
+    cells = table(classes=("a;b", "b;junk", "a;c"))
+    made = dataset(cells, kind="multi", separator=";", relabel={"junk": None, "c": "b"})
+    assert made.train.classes == ("a", "b")
+    assert set(map(tuple, made.train.target.tolist())) == {(1, 1), (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "sides"),
+    [
+        ("Usage", ["Training", "PublicTest", "PrivateTest", "Training"], (0.5, 0, 0.5)),
+        ("is_valid", ["False", "True", "False", "False"], (0.75, 0.25, 0)),
+        ("subset", ["train2017", "val2017", "test-dev2017x", "train2017"], None),
+        ("part", ["seg_train", "seg_val", "seg_test", "seg_train"], (0.5, 0.25, 0.25)),
+        ("is_train", ["1", "0", "1", "1"], (0.75, 0, 0.25)),
+        ("is_wet", ["1", "0", "1", "1"], None),
+    ],
+)
+def test_sides_of_a_split_under_other_names_are_read(name, cells, sides):
+    """FER2013's, fastai's and COCO's."""
+    frame = table(**{name: cells * 20}).assign(label=["cat", "cat", "dog", "dog"] * 20)
+    frame["label"] = ["cat"] * 40 + ["dog"] * 40
+    if sides is None:
+        with pytest.raises(DataError, match=f"task.split '{name}' holds"):
+            dataset(frame, split=name)
+        return
+    made = dataset(frame, split=name, test_fraction=0)
+    n_validation = int((made.train.fold == 0).sum()) if sides[1] else 0
+    assert (n_validation / 80, len(made.test.ids) / 80) == sides[1:]
