@@ -19,6 +19,9 @@ from headrace.heads.link import link, sigmoid
 ROWS_AT_ONCE = 1 << 15  # of whole units, whose hidden values are in memory together
 
 
+# As of dense heads (heads/layers.py): predictions of features that overflow are what the arithmetic
+# gives, and no warnings; BLAS may also report an invalid value where there is none.
+@np.errstate(over="ignore", invalid="ignore")
 def predict_units(
     spec: BagsSpec,
     arrays: Arrays,

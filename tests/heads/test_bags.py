@@ -152,6 +152,20 @@ def test_a_bank_is_a_plain_torch_loop(task, pooling, hidden):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
+def test_features_that_overflow_are_predicted_without_a_warning(pooling):
+    """As by dense heads; warnings are errors here. The other units' predictions are as before."""
+    data = made("single")
+    (fit, *_) = fit_bags_bank(data, [BagsSpec(pooling, (6,), 5, batch_size=7, epochs=1)])
+    fit.arrays["weight0"] *= 100
+    expected, _ = predict_units(fit.spec, fit.arrays, data.X, data.unit, "single")
+    X = data.X.copy()
+    is_large = data.unit == data.unit[0]
+    X[is_large] = np.where(np.arange(X.shape[1]) % 2, -3e38, 3e38)
+    found, _ = predict_units(fit.spec, fit.arrays, X, data.unit, "single")
+    np.testing.assert_allclose(found[~is_large], expected[~is_large], rtol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_hidden_values_in_bfloat16_are_those_in_float32_up_to_their_rounding(pooling):
     """Eight bits of a number are kept: after two epochs predictions and weights have two digits."""
     data = made(n_features=40)
