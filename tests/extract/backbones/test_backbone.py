@@ -131,9 +131,8 @@ def test_overrides() -> None:
     """None keeps the weights' own value; a size alone keeps their ratio of crop to resize."""
 
     def how(**changes: object) -> Preprocessing:
-        return load_backbone(
-            BackboneSpec("torchvision:resnet18", "random:0", **changes)
-        ).preprocessing  # type: ignore[arg-type]
+        spec = BackboneSpec("torchvision:resnet18", "random:0", **changes)  # type: ignore[arg-type]
+        return build_untrained(spec)[1]
 
     assert (how().resize, how().crop) == ((256, 256), (224, 224))
     assert (how(image_size=112).resize, how(image_size=112).crop) == ((128, 128), (112, 112))

@@ -101,8 +101,10 @@ def test_torchvisions_transformers_too() -> None:
         load_backbone(spec),
         load_backbone(BackboneSpec("torchvision:vit_b_32", "random:3")),
     )
-    theirs = vit_b_32(image_size=96).eval()
-    theirs.load_state_dict(interpolate_embeddings(96, 32, plain.module.state_dict()))
+    with torch.device("meta"):  # no parameters are drawn for it
+        theirs = vit_b_32(image_size=96).eval()
+    state = interpolate_embeddings(96, 32, plain.module.state_dict())
+    theirs.load_state_dict(state, assign=True)
     with torch.inference_mode():
         wanted = theirs(make_normalizer(own, "cpu")(PIXELS))
     (found,) = make_forward(own, resolve_taps(own, ["logits"]))(PIXELS)
