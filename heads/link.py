@@ -14,6 +14,9 @@ from headrace.heads.evaluate.temperature import (
     with_temperature,
 )
 
+# Of a class without training rows: its probability becomes exactly 0. -inf could give NaN.
+ABSENT_CLASS_DECISION = -1e30
+
 
 def softmax(decision: Array) -> Floats:
     """Return the softmax over the last axis, float32. A decision of -inf has probability 0."""

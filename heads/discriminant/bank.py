@@ -26,10 +26,8 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.discriminant.kind import LDASpec
 from headrace.heads.layers import ROWS_AT_ONCE, linear_layers, predict_dense
 from headrace.heads.linear.gram import Products, group_products, sum_products
+from headrace.heads.link import ABSENT_CLASS_DECISION
 from headrace.heads.spec import FitResult, specs_by
-
-# Bias of a class without training rows. Its probability becomes exactly 0; -inf could give NaN.
-NEVER = -1e30
 
 
 def fit_discriminant_bank(
@@ -106,7 +104,7 @@ class ClassScatter:
         bias = np.log(np.where(present, self.priors, 1.0))
         bias -= 0.5 * np.einsum("kd,kd->k", weight, self.class_means)
         raw_weight = self.coordinates.common_weights(weight) * self.inverse_scale
-        return raw_weight, np.where(present, bias - raw_weight @ self.center, NEVER)
+        return raw_weight, np.where(present, bias - raw_weight @ self.center, ABSENT_CLASS_DECISION)
 
 
 @dataclass(frozen=True)

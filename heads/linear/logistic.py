@@ -44,11 +44,8 @@ from headrace.heads.linear.solver.dual_form import DualForm, copies_fit, make_du
 from headrace.heads.linear.solver.loss import sigmoid, softmax
 from headrace.heads.linear.solver.path_solver import solve_paths
 from headrace.heads.linear.solver.regularization_path import RegularizationPath
+from headrace.heads.link import ABSENT_CLASS_DECISION
 from headrace.heads.spec import FitResult, relative_gap, specs_by
-
-# Minus this is the decision of a class without training rows: its probability is exactly zero, and
-# no arithmetic overflows.
-ABSENT_CLASS_DECISION = 1e30
 
 
 @dataclass(frozen=True)
@@ -308,7 +305,7 @@ def _regularization_paths(
                 class_mass = np.bincount(target[train], weights[train], minlength=n_classes)
                 if (class_mass == 0).any():
                     is_always_one = class_mass[1] > 0
-                    decision = ABSENT_CLASS_DECISION if is_always_one else -ABSENT_CLASS_DECISION
+                    decision = -ABSENT_CLASS_DECISION if is_always_one else ABSENT_CLASS_DECISION
                     constant = _HeadPart(np.zeros((1, n_features)), np.full(1, decision))
                     for i in itertools.chain.from_iterable(by_strength.values()):
                         bank.parts[i, fold, label] = constant
@@ -451,7 +448,7 @@ def _fit_result(bank: _Bank, i: int, fold: int, n_classes: int, present: Index |
         # Classes without training rows are not solved for: they get weights of zero and an
         # intercept that rules them out.
         weight = np.zeros((n_classes, bank.X.shape[1]))
-        bias = np.full(n_classes, -ABSENT_CLASS_DECISION)
+        bias = np.full(n_classes, ABSENT_CLASS_DECISION)
         if len(present) == 2:
             # One sigmoid, divided evenly between the two classes as in a softmax.
             weight[present] = np.outer([-0.5, 0.5], parts[0].weight[0])

