@@ -253,7 +253,8 @@ class FinishedRun:
     def current_evaluation(
         self, is_meant: Callable[[Mapping[str, Any]], bool]
     ) -> Mapping[str, Any] | None:
-        """Return the record of a model on the test split as it is now; None if there is none.
+        """Return the last record of a model by the run's metric, on the test images as they are
+        now if there is one, else on earlier ones; None if there is none.
 
         is_meant: of the identity of a recorded model.
         """

@@ -5,6 +5,7 @@ Each check is a function whose arguments default to this machine, so that a test
 
 import importlib.metadata
 import platform
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,7 +45,7 @@ def check_recipe(recipe_path: Path) -> Finding:
             "recipe",
             "fail",
             str(error),
-            f"mend {recipe_path}, then: headrace run {recipe_path} --dry-run",
+            f"mend {recipe_path}, then: headrace run {shlex.quote(str(recipe_path))} --dry-run",
         )
     backbone_names = ", ".join(backbone.name for backbone in recipe.backbones)
     return Finding("recipe", "ok", f"{recipe_path}: {backbone_names}")

@@ -133,13 +133,15 @@ def write_recipe(
 def _check_out(out: Path, *, force: bool) -> None:
     if out.is_dir():
         raise InvalidInput(
-            f"{out} is a folder; expected a file to write. Try: --out {out / 'recipe.yaml'}"
+            f"{out} is a folder; expected a file to write. Try: --out "
+            f"{shlex.quote(str(out / 'recipe.yaml'))}"
         )
     folder = out.absolute().parent
     if not folder.is_dir():
         reason = "is a file, not a folder" if folder.exists() else "does not exist"
         raise InvalidInput(
-            f"{out}: the folder {folder} {reason}. Make it (mkdir -p), or try: --out {out.name}"
+            f"{out}: the folder {folder} {reason}. Make it (mkdir -p), or try: "
+            f"--out {shlex.quote(out.name)}"
         )
     if out.exists() and not force:
         raise InvalidInput(

@@ -104,13 +104,14 @@ def demo(
     loaded_recipe = load_runnable(recipe)
     with resumable(), naming_lines(recipe):
         run_and_show(loaded_recipe, progress_console(quiet=quiet), workers, reference=REFERENCE)
+    name = shlex.quote(str(recipe))
     console.print(
         "Next, try:\n"
-        f"  headrace report {recipe}     # one page to look at: mistakes, likely label errors, "
+        f"  headrace report {name}     # one page to look at: mistakes, likely label errors, "
         "near-duplicates\n"
-        f"  headrace run {recipe} --dry-run     # what a run would do, and what is there already\n"
-        f"  headrace cache ls --cache {folder / 'headrace-cache'}     # the features that were "
-        "kept\n"
+        f"  headrace run {name} --dry-run     # what a run would do, and what is there already\n"
+        f"  headrace cache ls --cache {shlex.quote(str(folder / 'headrace-cache'))}     # the "
+        "features that were kept\n"
         "  headrace init FOLDER     # a recipe for your own images",
         soft_wrap=True,
     )

@@ -1,5 +1,6 @@
 """`headrace report`: a page about one run, or about two in comparison."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,7 @@ def report_command(
     if len(runs) > 2:
         raise typer.BadParameter(
             f"{len(runs)} runs are given: expected one, or two to compare. Type: headrace report "
-            f"{runs[0]} {runs[1]}"
+            f"{shlex.join(map(str, runs[:2]))}"
         )
     if len(runs) == 2 and (watts, pictures) != (None, None):
         raise typer.BadParameter(

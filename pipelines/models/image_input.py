@@ -3,6 +3,7 @@
 Letters of shapes: N images, H rows, W columns, C channels (1, 3 or 4).
 """
 
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -46,7 +47,7 @@ def split_images(
         raise InvalidInput(
             f"{images} is a folder, and predict takes images: "
             f"predict(list(pathlib.Path({str(images)!r}).rglob('*.jpg'))), or, for a table of "
-            f"predictions, headrace predict MODEL {images}"
+            f"predictions, headrace predict MODEL {shlex.quote(str(images))}"
         )
     if isinstance(images, pd.DataFrame):
         raise InvalidInput(

@@ -119,7 +119,7 @@ class ModelRef:
 
         Rows without features are left out. trust_code: "module:name" of code that may be imported;
         None: whatever the model names. Raises CodeNotTrusted for other code, SourceError for an
-        image that is gone or has changed.
+        image that is gone or has changed, ModelError for a network whose file is gone or damaged.
         """
         if self.kind == "finetune":
             return task.target, self._predict_images(task, temperature, trust_code)

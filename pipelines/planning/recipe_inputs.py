@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,6 @@ def _external_spec(recipe: Recipe, external_name: str) -> FeatureSpec:
         raise RecipeError(
             f"external_features: there are {len(feature_sets)} feature sets {external_name!r} in "
             f"{recipe.cache}; imported are: {', '.join(sorted(names)) or 'none'}. Import it first: "
-            f"headrace cache import FILE --name {external_name} --recipe recipe.yaml"
+            f"headrace cache import FILE --name {shlex.quote(external_name)} --recipe recipe.yaml"
         )
     return feature_sets[0].spec

@@ -1,5 +1,6 @@
 """Loading of the recipe: the file that describes a run."""
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def load_recipe(path: str | Path, *, settings: Iterable[str] = ()) -> Recipe:
     except (IsADirectoryError, UnicodeDecodeError):
         raise RecipeError(
             f"{path}: not a recipe (a YAML text file). For a folder of images, write one with: "
-            f"headrace init {path}"
+            f"headrace init {shlex.quote(str(path))}"
         ) from None
     return parse_recipe(text, path, settings=settings)
 

@@ -1,5 +1,6 @@
 """`headrace cache export` and `import`."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -199,8 +200,8 @@ def _rows_of_recipe(recipe_path: Path, name_or_tap: str) -> "tuple[FeatureSet, R
     if not selection.ids:
         raise CacheError(
             f"{feature_set.path} has no row of any of the {count_text(len(samples), 'image')} of "
-            f"{recipe_path}, the first is {selection.missing[0]!r}. `headrace run {recipe_path}` "
-            "makes them"
+            f"{recipe_path}, the first is {selection.missing[0]!r}. `headrace run "
+            f"{shlex.quote(str(recipe_path))}` makes them"
         )
     return feature_set, selection
 

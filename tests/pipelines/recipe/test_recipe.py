@@ -420,3 +420,10 @@ def test_an_empty_section_has_its_defaults_and_null_leaves_it_out(tmp_path):
     assert recipe.heads.knn is recipe.heads.lda is recipe.finetune is None
     assert recipe.ensemble.max_members == 8
     assert load_recipe(tmp_path / "recipe.yaml", settings=["ensemble=null"]).ensemble is None
+
+
+def test_a_folder_in_place_of_a_recipe_is_told_a_command_that_works(tmp_path):
+    """Its name has a blank, as folders of photos have."""
+    (tmp_path / "my photos").mkdir()
+    with pytest.raises(RecipeError, match=r"headrace init '.*/my photos'$"):
+        load_recipe(tmp_path / "my photos")
