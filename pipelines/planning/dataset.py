@@ -215,7 +215,7 @@ def _partly_labelled(unlabelled_samples: pd.DataFrame, section: TaskSection) -> 
     """Return, in words, how many images without a target have a value in some of its columns."""
     has_value = unlabelled_samples[target_columns(section)].apply(empty_as_missing).notna()
     n_partly = int((has_value.any(axis=1) & ~has_value.all(axis=1)).sum())
-    if not n_partly:
+    if not n_partly or "" in section.relabel:
         return ""
     return (
         f". {n_partly:,} of them have values in some of these columns: where an empty cell means "

@@ -582,6 +582,7 @@ def test_values_count_as_what_relabel_says():
     assert len(made.train.ids) + len(made.test.ids) == 60
     assert sorted(map(tuple, np.unique(made.train.target, axis=0))) == [(0, 0), (1, 1)]
     assert len(made.unlabelled.ids) == 20
+    assert not any("values in some" in note for note in made.notes)  # not told what is done
     section["relabel"][-1] = 1
     made = dataset(frame, **section)
     target_of = dict(zip(made.train.ids, made.train.target.tolist(), strict=True))
