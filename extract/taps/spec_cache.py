@@ -7,6 +7,7 @@ decode. A work unit checks its network against the specs anyway.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -124,13 +125,17 @@ def find_backbone_spec(cache_root: Path, feature: FeatureSpec) -> BackboneSpec |
 def _spec_cache_path(
     spec: BackboneSpec, taps: str | Sequence[str], options: FeatureOptions, cache_root: Path
 ) -> Path:
-    versions = [importlib.metadata.version(name) for name in _LIBRARIES]
-    versions += [_version_or_nothing(name) for name in _EXTRA_LIBRARIES]
     asked = [taps] if isinstance(taps, str) else list(taps)
     key = json.dumps(
-        [dataclasses.asdict(spec), weights_stamp(spec), asked, options, versions], sort_keys=True
+        [dataclasses.asdict(spec), weights_stamp(spec), asked, options, _versions()], sort_keys=True
     )
     return cache_root / _FOLDER / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+@functools.cache  # reading one takes milliseconds, and a small run asks for this key some ten times
+def _versions() -> list[str]:
+    required = [importlib.metadata.version(name) for name in _LIBRARIES]
+    return [*required, *map(_version_or_nothing, _EXTRA_LIBRARIES)]
 
 
 def _version_or_nothing(library: str) -> str:
