@@ -10,7 +10,8 @@ from headrace.cache.atomic_io import publish_replace
 from headrace.cache.integrity.garbage import remove_temporaries
 from headrace.extract.run.rendering import quiet_decoding
 from headrace.extract.sources.layout import Layout
-from headrace.pipelines.cli.detect.source import Finding, detect_recipe
+from headrace.pipelines.cli.detect.finding import Finding
+from headrace.pipelines.cli.detect.source import detect_recipe
 from headrace.pipelines.cli.schema import RECIPE, schema
 from headrace.pipelines.console import valid_text
 from headrace.pipelines.errors import InvalidInput
