@@ -129,6 +129,10 @@ def _weights_tag(name: str, tag: str | None, arguments: Mapping[str, Any]) -> st
     if tag in fitting_tags or (tag is None and fitting_tags):
         return tag or fitting_tags[0]
     other_name = name.removesuffix("-quickgelu") if is_quick else f"{name}-quickgelu"
+    # The tags of an architecture with one activation alone, as roberta-ViT-B-32, do not say it.
+    has_other = other_name != name and other_name in open_clip.list_models()
+    if not has_other and not arguments.get("force_quick_gelu"):
+        return tag or str(tags[0])
     computed, trained = ("QuickGELU", "GELU") if is_quick else ("GELU", "QuickGELU")
     raise BackboneError(
         f"open_clip:{name} computes {computed}, and its weights {tag or tags[0]} were trained with "

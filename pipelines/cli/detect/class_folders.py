@@ -100,8 +100,10 @@ def detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path)
         else:
             task_lines += "\n  split: split                  # the names of the outer folders"
     # A split of the user's own may divide patients.
-    names_of_patients = samples["id"] if "split" not in samples else samples["id"].iloc[:0]
-    name_lines, group_line, name_notes = patients_in_names(names_of_patients)
+    named_samples = samples if "split" not in samples else samples.iloc[:0]
+    name_lines, group_line, name_notes = patients_in_names(
+        named_samples["id"], named_samples["label"]
+    )
     return Finding(
         images=f"  folder: {path_text(folder, recipe_folder)}      # {layout_text}\n{name_lines}",
         task=f"  target: label                  # {task_lines}{group_line}",

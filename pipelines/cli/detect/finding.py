@@ -12,6 +12,7 @@ import pandas as pd
 from PIL import UnidentifiedImageError
 
 from headrace.cache.count_text import count_text
+from headrace.cache.text import as_text
 from headrace.extract.images.decoding import has_deep_pixels
 from headrace.extract.images.locators import read_bytes
 from headrace.extract.images.opening import decoding_reason, open_image
@@ -48,9 +49,13 @@ class Finding:
     class_names: tuple[str, ...] = ()  # of one target with a class for each image
 
 
-def patients_in_names(image_ids: "pd.Series[Any]") -> tuple[str, str, list[str]]:
+def patients_in_names(
+    image_ids: "pd.Series[Any]", labels: "pd.Series[Any] | None"
+) -> tuple[str, str, list[str]]:
     """Return the recipe's lines for the images and the task, and a note, where the images' paths
     name patients, or the like, such as `patient00012/study1/view1.jpg`; else nothing.
+
+    labels: the class of each image; None where the target is no class.
     """
     first_match = _PATIENT.search(next(iter(image_ids), ""))
     if first_match is None:
@@ -59,6 +64,9 @@ def patients_in_names(image_ids: "pd.Series[Any]") -> tuple[str, str, list[str]]
     pattern = f"(?<![A-Za-z])(?P<{word.lower()}>{word}[-_ ]?[0-9]+)"
     groups = image_ids.str.extract(pattern, expand=False)
     if groups.isna().any() or not MIN_GROUPS <= groups.nunique() < len(groups):
+        return "", "", []
+    # Persons to be told apart: each is a class, which no split by persons could divide.
+    if labels is not None and (groups.groupby(as_text(labels)).nunique() == 1).all():
         return "", "", []
     return (
         f"  name_pattern: {yaml_text(pattern)}      # of the paths; named groups are columns\n",

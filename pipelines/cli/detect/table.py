@@ -90,7 +90,10 @@ def detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Findi
     ]
     task_lines, targets, task_notes = task_section(samples, other_columns, table)
     if "\n  group:" not in task_lines and "\n  split:" not in task_lines:
-        name_lines, group_line, name_notes = patients_in_names(samples["id"])
+        name_lines, group_line, name_notes = patients_in_names(
+            samples["id"],
+            samples[targets[0]] if "\n  kind:" not in task_lines else None,
+        )
         image_lines += name_lines
         task_lines += group_line
         task_notes += name_notes

@@ -321,6 +321,7 @@ def test_names_that_are_not(name, weights, said):
         ("ViT-B-32", "laion2b_e16"),
         ("ViT-B-32-quickgelu", "openai"),
         ("ViT-g-14", "laion2b_s12b_b42k"),
+        ("roberta-ViT-B-32", "laion2b_s12b_b32k"),  # of QuickGELU, of which its tag says nothing
     ],
 )
 def test_the_default_weights_of_open_clip_are_of_the_activation(name, default):

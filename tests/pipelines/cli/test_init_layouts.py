@@ -310,6 +310,10 @@ def test_patients_in_paths_are_groups(tmp_path):
     recipe, samples, _ = written(tmp_path / "x")
     assert recipe.task.group == "person"
     assert samples["person"].nunique() == 8
+    # Folders of persons to be told apart are classes, and no groups: none could be divided.
+    save_images(tmp_path / "faces", *(f"person{n // 3}/{n}.png" for n in range(24)))
+    recipe, _, _ = written(tmp_path / "faces")
+    assert (recipe.task.target, recipe.task.group) == ("label", None)
 
 
 @pytest.mark.parametrize("join", ["sorted", "mode"])
